@@ -1,0 +1,88 @@
+"""The contract of a pre-training objective, and the registry that everything else reads.
+
+An objective is its own config: a frozen dataclass whose fields are the parameters that its paper names. It turns
+documents into examples (numpy, no state, randomness only from the generator it is handed) and the model's answers into
+summed losses. It knows no process group and no model: adding one is one file with `@register("name")`, and the command
+line, `preview`, every layout and the law tests pick it up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from ds_pretrain.core.attention import Kind
+from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout
+from ds_pretrain.core.registry import Registry, unknown
+from ds_pretrain.core.vocabulary import Vocabulary
+
+REGISTRY: Registry[type[Objective]] = Registry("objective")
+O = TypeVar("O", bound="type[Objective]")  # noqa: E741
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """Base class. Class attributes are static facts about the objective; dataclass fields are its parameters."""
+
+    name: ClassVar[str]
+    heads: ClassVar[tuple[Head, ...]]
+    kind: ClassVar[Kind]
+    """What attention its examples use: a static promise that selects the kernel."""
+    documents: ClassVar[int] = 1
+    """Documents that one example is made from."""
+    eod: ClassVar[bool] = True
+    """Whether a document's end-of-document token is part of what the example is made from."""
+    packed: ClassVar[bool] = True
+    """Whether several examples may share a row."""
+
+    @abstractmethod
+    def piece(self, max_len: int) -> int:
+        """How many tokens of a document one example of at most `max_len` positions takes; longer ones are cut there."""
+
+    @abstractmethod
+    def size(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of the example made from a piece of that many tokens; an upper bound where it is random."""
+
+    @abstractmethod
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
+        """One example of at most `max_len` positions. Pure: the same arguments give the same example."""
+
+    def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        """Summed loss per head of one micro-batch: sum(weight * nll), fp32 scalars. Never a mean."""
+        return {h.name: self._summed(read, batch, h.name) for h in self.heads}
+
+    def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
+        """Every reason why this objective cannot be trained with this tokenizer and length, with numbers and the fix."""
+        if max_len < 8:
+            return [f"batch.seq_len {max_len} is too short for {self.name}: at least 8 positions are needed"]
+        return []
+
+    @staticmethod
+    def _summed(read: Readout, batch: Batch, head: str) -> Tensor:
+        target = batch.targets[head]
+        return (read.nll(head, target.labels, target.weights) * target.weights).sum()
+
+
+def register(name: str):  # noqa: ANN201
+    """Class decorator: gives the objective its name and makes it known everywhere."""
+
+    def add(cls: O) -> O:
+        cls.name = name
+        REGISTRY.register(name)(cls)
+        return cls
+
+    return add
+
+
+def create(name: str, **fields: Any) -> Objective:
+    """The objective of that name. Unknown names and fields raise ValueError with the nearest one."""
+    cls = REGISTRY[name]
+    for field in fields:
+        if field not in cls.__dataclass_fields__:
+            raise ValueError(unknown(f"field of objective {name}", field, cls.__dataclass_fields__))
+    return cls(**fields)

@@ -1,0 +1,41 @@
+"""Causal language modelling: predict every token of a document, its end included, from what came before.
+
+The first token of a document is predicted from the end-of-document id, the first of a later piece from the token before
+it, so the pieces of a long document predict each token exactly once: nothing is skipped at a cut and nothing repeated.
+(Radford et al. 2018.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds_pretrain.core.batch import Document, Example, Head, Target
+from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.objectives.base import Objective, register
+
+
+@register("clm")
+@dataclass(frozen=True, kw_only=True)
+class CausalLanguageModeling(Objective):
+    """The GPT objective. `eod_loss`: whether the end-of-document token is a target like any other."""
+
+    eod_loss: bool = True
+
+    heads = (Head("clm"),)
+    kind = "causal"
+
+    def piece(self, max_len: int) -> int:
+        return max_len
+
+    def size(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens
+
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
+        (doc,) = docs
+        labels = doc.tokens[:max_len]
+        inputs = np.concatenate(([vocab.eod if doc.before is None else doc.before], labels[:-1])).astype(np.int32)
+        weights = np.ones(len(labels)) if self.eod_loss else labels != vocab.eod
+        return Example(inputs, np.arange(len(inputs), dtype=np.int32), {"clm": Target.of(labels, weights)})
