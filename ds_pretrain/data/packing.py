@@ -1,0 +1,117 @@
+"""Documents cut into pieces, and pieces packed into rows.
+
+Both need sizes only, never a token: every rank computes the same plan and no example is built twice. Cutting is one
+cumulative sum over the documents, searched by index. Packing is best fit decreasing, run on the histogram of sizes: a
+row takes as many pieces of one size as fit in one move, so the price follows rows and different sizes rather than
+pieces (1 to 2 million pieces a second). The result equals placing the pieces one by one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Cut(NamedTuple):
+    """Where pieces lie: tokens [start, stop) of a document. Arrays of one length."""
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class Pieces:
+    """The pieces of all documents, numbered in their natural order.
+
+    usable: tokens of each document that examples are made from. size: the most that one piece takes. A document without
+    a usable token has no piece; `unusable` counts those.
+    """
+
+    def __init__(self, usable: np.ndarray, size: int) -> None:
+        self.usable, self.size = usable, size
+        self.ends = np.cumsum(-(-usable // size), dtype=np.int64)
+        self.unusable = int(np.count_nonzero(usable == 0))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def cut(self, piece: np.ndarray) -> Cut:
+        document = np.searchsorted(self.ends, piece, side="right")
+        start = (piece - self.first(document)) * self.size
+        return Cut(document, start, np.minimum(start + self.size, self.usable[document]))
+
+    def first(self, document: np.ndarray) -> np.ndarray:
+        """The number of each document's first piece; of the next document's where it has none."""
+        return np.where(document > 0, self.ends[document - 1], 0)
+
+
+class Packing(NamedTuple):
+    """Rows as a ragged array: row r holds items order[starts[r]:starts[r + 1]]."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+    def rows(self, values: np.ndarray) -> list[tuple[int, ...]]:
+        """The rows, with `values[item]` in the place of each item."""
+        flat, starts = values[self.order].tolist(), self.starts.tolist()
+        return [tuple(flat[a:b]) for a, b in pairwise(starts)]
+
+
+def pack(sizes: np.ndarray, capacity: int) -> Packing:
+    """Best fit decreasing: each item, largest first, into the fullest row that still has room for it."""
+    largest, smallest = int(sizes.max(initial=1)), int(sizes.min(initial=capacity))
+    if largest > capacity or smallest < 1:
+        raise ValueError(f"items must have 1 to {capacity} positions to be packed, got {smallest} to {largest}")
+    order = np.argsort(-sizes, kind="stable")
+    row = np.empty(len(sizes), dtype=np.int64)
+    row[order] = _best_fit(np.bincount(sizes, minlength=capacity + 1), capacity)
+    order = np.argsort(row, kind="stable")
+    return Packing(order, np.concatenate(([0], np.cumsum(np.bincount(row)))))
+
+
+def alone(sizes: np.ndarray) -> Packing:
+    """One item per row, for objectives whose examples cannot share one."""
+    return Packing(np.arange(len(sizes)), np.arange(len(sizes) + 1))
+
+
+def waste(sizes: np.ndarray, packing: Packing, capacity: int) -> float:
+    """The share of positions that hold no item."""
+    return 1 - float(sizes.sum()) / max(1, (len(packing.starts) - 1) * capacity)
+
+
+def _best_fit(histogram: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each item, largest size first.
+
+    room: for each amount of free positions, the rows that have it. `open_` says the same in one integer: bit f is set
+    where room[f] is not empty, so the tightest fit for a size is the lowest bit set at or above it.
+    """
+    room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    open_, rows, placed = 0, 0, []
+    for size in np.flatnonzero(histogram)[::-1].tolist():
+        left = int(histogram[size])
+        while left:
+            fitting = open_ >> size
+            if fitting:
+                free = size + (fitting & -fitting).bit_length() - 1
+            else:
+                free, new = capacity, -(-left // (capacity // size))
+                room[free].extend(range(rows, rows + new))
+                rows += new
+            open_, left = _fill(room, open_, free, size, left, placed)
+    return np.array(placed, dtype=np.int64)
+
+
+def _fill(room: list[list[int]], open_: int, free: int, size: int, left: int, placed: list[int]) -> tuple[int, int]:
+    """Items of one size into the rows with `free` room, each filled while it can be; (open_, left) afterwards."""
+    fits = free // size
+    while left and room[free]:
+        row, count = room[free].pop(), min(left, fits)
+        placed.extend([row] * count)
+        room[free - count * size].append(row)
+        left -= count
+        open_ |= 1 << (free - count * size)
+    if room[free]:
+        return open_ | (1 << free), left
+    return open_ & ~(1 << free), left
