@@ -14,24 +14,22 @@ A sample's number is `epoch * pieces + piece`; evaluation is the epoch -1, whose
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ds_pretrain.core import rng
-from ds_pretrain.core.attention import AttentionPattern
-from ds_pretrain.core.batch import Batch, Document, Example, Target
+from ds_pretrain.core.batch import Batch, Document, Example
 from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.data.collate import Layout, collate, collate_causal
 from ds_pretrain.data.order import permute
-from ds_pretrain.data.packing import Packing, Pieces, alone, pack, waste
+from ds_pretrain.data.packing import Cut, Packing, Pieces, alone, pack, waste
 from ds_pretrain.data.store import Store
 from ds_pretrain.data.tokenizer import TextTokenizer
-from ds_pretrain.objectives import Objective, create
+from ds_pretrain.objectives import CausalLanguageModeling, Objective, create
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ class Samples:
 
     def piece(self, i: int) -> Document:
         """A piece of the corpus by its number."""
-        return self._documents(np.array([i]))[0]
+        return self._documents(self.pieces.cut(np.array([i])))[0]
 
     def example(self, sample: int) -> Example:
         return self._examples([sample])[0]
@@ -125,8 +123,16 @@ class Samples:
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Rows as planes; a row without samples is all padding and contributes exactly 0."""
-        made = iter(self._examples([sample for row in rows for sample in row]))
-        return collate([[next(made) for _ in row] for row in rows], self)
+        samples = [sample for row in rows for sample in row]
+        if type(self.objective) is not CausalLanguageModeling:
+            made = iter(self._examples(samples))
+            return collate([[next(made) for _ in row] for row in rows], self.objective, self.vocab, self.seq_len)
+        cut = self.pieces.cut(np.array(samples, dtype=np.int64) % len(self))
+        layout = Layout.of([len(row) for row in rows], cut.stop - cut.start, self.seq_len)
+        fresh = cut.start == 0
+        bounds = zip(cut.document.tolist(), (cut.start - ~fresh).tolist(), cut.stop.tolist(), strict=True)
+        read = self.store.slice
+        return collate_causal(layout, [read(*bound) for bound in bounds], fresh, self.objective, self.vocab)
 
     def evaluation(self, max_tokens: int | None = None) -> Evaluation:
         """The longest run of documents from the first on that has at most `max_tokens` tokens; one at least."""
@@ -182,16 +188,14 @@ class Samples:
 
     def _examples(self, samples: Sequence[int]) -> list[Example]:
         epochs, pieces = np.divmod(np.asarray(samples, dtype=np.int64), len(self))
-        columns = [self._documents(pieces)]
-        for k in range(1, self.objective.documents):
-            columns.append(self._documents(self._partners(epochs, pieces, k)))
+        chosen = [pieces, *(self._partners(epochs, pieces, k) for k in range(1, self.objective.documents))]
+        columns = [self._documents(self.pieces.cut(column)) for column in chosen]
         return [
             self.objective.example(docs, self.vocab, self.seq_len, self._generator(epoch, piece))
             for docs, epoch, piece in zip(zip(*columns, strict=True), epochs.tolist(), pieces.tolist(), strict=True)
         ]
 
-    def _documents(self, pieces: np.ndarray) -> list[Document]:
-        cut = self.pieces.cut(pieces)
+    def _documents(self, cut: Cut) -> list[Document]:
         bounds = zip(cut.document.tolist(), cut.start.tolist(), cut.stop.tolist(), strict=True)
         return [self._document(*bound) for bound in bounds]
 
@@ -251,75 +255,3 @@ def refuse(problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def collate(rows: Sequence[Sequence[Example]], data: Samples) -> Batch:
-    """Examples laid end to end. What a row lacks is one more example, of padding, so that planes are concatenations."""
-    laid: list[Example] = []
-    segments: list[int] = []
-    for row in rows:
-        laid += [*row, _padding(data.seq_len - sum(len(e.inputs) for e in row), data.vocab.pad)]
-        segments += [*range(1, len(row) + 1), 0]
-    lengths = np.array([len(e.inputs) for e in laid])
-    starts = np.cumsum(lengths) - lengths
-    shape = (len(rows), data.seq_len)
-    position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    horizon = np.concatenate([e.horizon for e in laid]) + np.repeat(starts % data.seq_len, lengths)
-    segment = np.repeat(np.array(segments), lengths)
-    return Batch(
-        _plane([e.inputs for e in laid], shape, np.int64),
-        _plane([position], shape, np.int64),
-        AttentionPattern(_plane([segment], shape, np.int32), _plane([horizon], shape, np.int32), data.objective.kind),
-        {head.name: _target(laid, head.name, shape) for head in data.objective.heads},
-        _token_type(laid, shape),
-    )
-
-
-def realised(batches: Sequence[Batch], vocab: Vocabulary) -> dict[str, float]:
-    """What the batches really contain, to be held against what was asked for.
-
-    useful: the share of positions that is not padding. HEAD/targets: the share of the useful that this head predicts.
-    HEAD/mask, random, kept: what became of the predicted, for heads that predict their own position.
-    """
-    useful = sum(int((b.attention.segment != 0).sum()) for b in batches)
-    found = {"useful": useful / max(1, sum(b.inputs.numel() for b in batches))}
-    for name in batches[0].targets:
-        found |= {f"{name}/{key}": share for key, share in _audit(batches, name, useful, vocab.mask).items()}
-    return found
-
-
-def _audit(batches: Sequence[Batch], name: str, useful: int, mask: int) -> Mapping[str, float]:
-    chosen = [b.targets[name].weights != 0 for b in batches]
-    inputs = torch.cat([b.inputs[at] for b, at in zip(batches, chosen, strict=True)])
-    labels = torch.cat([b.targets[name].labels[at] for b, at in zip(batches, chosen, strict=True)])
-    shares = {"targets": len(inputs) / max(1, useful)}
-    masked, kept = (int((inputs == other).sum()) for other in (mask, labels))
-    if masked:
-        random = len(inputs) - masked - kept
-        shares |= {key: n / len(inputs) for key, n in (("mask", masked), ("random", random), ("kept", kept))}
-    return shares
-
-
-def _padding(length: int, pad: int) -> Example:
-    assert length >= 0, f"the examples of a row are {-length} positions too long: objective.size is no upper bound"
-    return Example(np.full(length, pad, dtype=np.int32), np.arange(length, dtype=np.int32), {})
-
-
-def _target(laid: Sequence[Example], head: str, shape: tuple[int, int]) -> Target:
-    given = [e.targets.get(head) or _nothing(len(e.inputs)) for e in laid]
-    labels = _plane([t.labels for t in given], shape, np.int64)
-    return Target(labels, _plane([t.weights for t in given], shape, np.float32), sum(t.total for t in given))
-
-
-def _nothing(length: int) -> Target:
-    return Target(np.zeros(length, dtype=np.int32), np.zeros(length, dtype=np.float32), 0.0)
-
-
-def _token_type(laid: Sequence[Example], shape: tuple[int, int]) -> Tensor | None:
-    if all(e.token_type is None for e in laid):
-        return None
-    return _plane([np.zeros(len(e.inputs)) if e.token_type is None else e.token_type for e in laid], shape, np.int64)
-
-
-def _plane(parts: Sequence[np.ndarray], shape: tuple[int, int], dtype: type) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="unsafe").reshape(shape))

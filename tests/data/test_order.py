@@ -34,8 +34,8 @@ def test_epochs_seeds_and_sources_differ():
 
 @pytest.mark.parametrize("n", [4, 64, 100])
 def test_places_are_uniform_over_keys(n):
-    """Chi square of (index, place) counts over 2000 keys, within five standard deviations of its mean."""
-    keys = 2000
+    """Chi square of (index, place) counts over 1000 keys, within five standard deviations of its mean."""
+    keys = 1000
     counts = np.zeros((n, n))
     for key in range(keys):
         counts[np.arange(n), permute(np.arange(n), n, key)] += 1

@@ -1,0 +1,265 @@
+"""The stream of rows: exactly once per epoch, the same for every reader; planes that keep examples apart."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from memory import VOCAB, MemoryStore, corpus
+
+from ds_pretrain.data.collate import collate, realised
+from ds_pretrain.data.dataset import EVALUATION, Cursor, PretrainingDataset, Samples
+from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling
+
+SEQ = 64
+objectives = pytest.mark.parametrize("name", list(REGISTRY))
+
+
+def dataset(name="mlm", store=None, **settings):
+    settings = {"seq_len": SEQ, "source": "train", "seed": 0} | settings
+    return Samples(store or corpus(), VOCAB, objective=name, **settings)
+
+
+def epoch_of_rows(data, epoch):
+    """All rows of one epoch, block by block."""
+    rows, cursor = [], Cursor(epoch * data.blocks)
+    while cursor.block < (epoch + 1) * data.blocks:
+        found, cursor = data.rows(cursor, 1)
+        rows += found
+    return rows
+
+
+def equal(a, b):
+    planes = [(a.inputs, b.inputs), (a.position, b.position), (a.attention.segment, b.attention.segment)]
+    planes += [(a.attention.horizon, b.attention.horizon)]
+    for name, target in a.targets.items():
+        assert target.total == b.targets[name].total
+        planes += [(target.labels, b.targets[name].labels), (target.weights, b.targets[name].weights)]
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in planes)
+
+
+@objectives
+@pytest.mark.parametrize("blocks", [None, 7])
+def test_every_epoch_uses_every_piece_exactly_once(name, blocks):
+    data = dataset(name)
+    data.blocks = blocks or data.blocks
+    orders = []
+    for epoch in range(3):
+        samples = [sample for row in epoch_of_rows(data, epoch) for sample in row]
+        assert sorted(samples) == list(range(epoch * len(data), (epoch + 1) * len(data)))
+        orders.append([sample % len(data) for sample in samples])
+    assert orders[0] != orders[1] != orders[2]
+
+
+@objectives
+def test_the_pieces_hold_every_usable_token_once(name):
+    store = corpus()
+    data = dataset(name, store)
+    tokens = np.concatenate([data.piece(i).tokens for i in range(len(data))])
+    expected = store.tokens if data.objective.eod else store.tokens[store.tokens != VOCAB.eod]
+    assert np.array_equal(tokens, expected)
+
+
+def test_a_piece_knows_the_token_before_it():
+    store = MemoryStore([200])
+    data = dataset("clm", store)
+    assert data.piece(0).before is None
+    assert data.piece(1).before == store.tokens[SEQ - 1]
+
+
+def test_empty_documents_are_counted_and_said(caplog):
+    data = dataset("mlm", MemoryStore([1, 5, 1, 9]))
+    assert len(data) == 2 and data.pieces.unusable == 2
+    assert "2 documents are empty" in caplog.text
+
+
+@objectives
+def test_any_reader_sees_the_same_rows(name):
+    """One row at a time, many at a time, or from a cursor in the middle, over three epochs."""
+    data, again = dataset(name), dataset(name)
+    total = 3 * len(epoch_of_rows(data, 0))
+    whole, end = data.rows(Cursor(), total)
+    cursor, parts = Cursor(), []
+    for count in [1, 2, 3, 50, total - 56]:
+        found, cursor = again.rows(Cursor(*cursor), count)
+        parts += found
+    assert parts == whole and cursor == end
+
+
+@objectives
+def test_rows_are_planned_with_little_waste_and_never_overfilled(name):
+    data = dataset(name)
+    batch = data.collate(epoch_of_rows(data, 0))
+    share = realised([batch], VOCAB)["useful"]
+    assert share <= 1
+    if data.objective.packed:
+        assert share > 0.97
+        assert data.waste() == pytest.approx(1 - share, abs=0.02)
+
+
+@objectives
+def test_examples_of_a_row_never_see_each_other(name):
+    data = dataset(name)
+    rows, _ = data.rows(Cursor(), 8)
+    batch = data.collate(rows)
+    mask = batch.attention.dense()
+    for r, row in enumerate(rows):
+        at = 0
+        for k, sample in enumerate(row, 1):
+            example = data.example(sample)
+            here = slice(at, at + len(example.inputs))
+            assert torch.equal(batch.inputs[r, here], torch.from_numpy(example.inputs.astype(np.int64)))
+            assert batch.attention.segment[r, here].unique().tolist() == [k]
+            assert batch.position[r, here].tolist() == list(range(len(example.inputs)))
+            assert batch.attention.horizon[r, here].tolist() == (example.horizon + at).tolist()
+            assert not mask[r, here, :at].any() and not mask[r, here, here.stop :].any()
+            for head, target in example.targets.items():
+                assert batch.targets[head].labels[r, here].tolist() == target.labels.tolist()
+                assert batch.targets[head].weights[r, here].tolist() == target.weights.tolist()
+            at = here.stop
+        assert (batch.inputs[r, at:] == VOCAB.pad).all() and (batch.attention.segment[r, at:] == 0).all()
+        assert batch.attention.horizon[r, at:].tolist() == list(range(at, SEQ))
+        assert not mask[r, at:].any() and not mask[r, :, at:].any()
+        assert all((target.weights[r, at:] == 0).all() for target in batch.targets.values())
+
+
+@objectives
+def test_totals_are_summed_over_rows(name):
+    data = dataset(name)
+    rows, _ = data.rows(Cursor(), 8)
+    examples = [data.example(sample) for row in rows for sample in row]
+    for head, target in data.collate(rows).targets.items():
+        assert target.total == pytest.approx(sum(e.targets[head].total for e in examples if head in e.targets))
+
+
+@pytest.mark.parametrize("eod_loss", [True, False])
+def test_the_fast_way_of_clm_equals_the_examples(eod_loss):
+    objective = CausalLanguageModeling(eod_loss=eod_loss)
+    data = dataset(objective)
+    rows = [*epoch_of_rows(data, 0), (), *epoch_of_rows(data, 1)[:5]]
+    slow = collate([[data.example(s) for s in row] for row in rows], objective, VOCAB, SEQ)
+    assert equal(data.collate(rows), slow)
+
+
+@objectives
+def test_a_row_of_padding_contributes_exactly_nothing(name):
+    batch = dataset(name).collate([(), ()])
+    assert batch.inputs.shape == (2, SEQ) and (batch.inputs == VOCAB.pad).all()
+    assert not batch.attention.dense().any()
+    assert all(t.total == 0 and not t.weights.any() for t in batch.targets.values())
+
+
+@objectives
+def test_dtypes_are_the_contract(name):
+    data = dataset(name)
+    batch = data.collate(data.rows(Cursor(), 2)[0])
+    assert (batch.inputs.dtype, batch.position.dtype) == (torch.int64, torch.int64)
+    assert (batch.attention.segment.dtype, batch.attention.horizon.dtype) == (torch.int32, torch.int32)
+    assert all((t.labels.dtype, t.weights.dtype) == (torch.int64, torch.float32) for t in batch.targets.values())
+    assert list(batch.targets) == [head.name for head in data.objective.heads]
+
+
+def test_masks_change_with_the_epoch_and_not_in_evaluation():
+    data = dataset("mlm")
+    first, second = data.example(3), data.example(3 + len(data))
+    assert np.array_equal(first.targets["mlm"].labels, second.targets["mlm"].labels)
+    assert not np.array_equal(first.inputs, second.inputs)
+    a, b = (dataset("mlm").collate(dataset("mlm").evaluation(500).rows) for _ in range(2))
+    assert equal(a, b)
+    assert not np.array_equal(data.example(3 + EVALUATION * len(data)).inputs, first.inputs)
+
+
+def test_seeds_and_sources_give_other_orders_and_masks():
+    def stream(**settings):
+        rows, _ = dataset("mlm", **settings).rows(Cursor(), 4)
+        return rows
+
+    assert stream() == stream() != stream(seed=1)
+    assert stream(source="other") != stream()
+    assert not np.array_equal(dataset().example(3).inputs, dataset(seed=1).example(3).inputs)
+
+
+@objectives
+def test_evaluation_takes_whole_documents_up_to_the_limit(name):
+    store = corpus()
+    data = dataset(name, store)
+    plan = data.evaluation(1000)
+    assert plan.tokens == store.lengths[: plan.documents].sum() <= 1000
+    assert plan.tokens + store.lengths[plan.documents] > 1000
+    assert (plan.bytes, plan.words) == (5 * plan.tokens, plan.tokens)
+    pieces = Counter(sample - EVALUATION * len(data) for row in plan.rows for sample in row)
+    assert pieces == Counter(range(int(data.pieces.ends[plan.documents - 1])))
+    assert data.evaluation(0).documents == data.evaluation(1).documents == 1
+    assert data.evaluation().documents == len(store)
+
+
+def test_clm_evaluation_predicts_every_token_of_its_documents():
+    store = corpus()
+    data = dataset("clm", store)
+    plan = data.evaluation(3000)
+    assert data.collate(plan.rows).targets["clm"].total == plan.tokens
+
+
+def test_the_digest_follows_everything_that_moves_a_cursor():
+    digests = [
+        dataset().digest,
+        dataset(seed=1).digest,
+        dataset(seq_len=32).digest,
+        dataset(store=corpus(seed=1)).digest,
+        dataset("clm").digest,
+        dataset(source="other").digest,
+    ]
+    assert len(set(digests)) == len(digests)
+    assert dataset(MaskedLanguageModeling(mask_prob=0.3)).digest == digests[0]
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="seq_len 4 is too short"):
+        dataset(seq_len=4)
+    with pytest.raises(ValueError, match=r"makes an example from 1 documents that have text, train has 0 of 2"):
+        dataset(store=MemoryStore([1, 1]))
+    with pytest.raises(ValueError, match="is not a position in these data"):
+        dataset().rows(Cursor(0, 10**6), 1)
+    with pytest.raises(ValueError, match="did you mean 'mlm'"):
+        dataset("mml")
+
+
+def test_partners_come_from_another_document():
+    class Pairs(MaskedLanguageModeling):
+        documents = 2
+
+    data = dataset(Pairs(), corpus(20))
+    epochs, pieces = np.repeat(np.arange(200), len(data)), np.tile(np.arange(len(data)), 200)
+    partners = data._partners(epochs, pieces, 1)
+    own, other = (data.pieces.cut(p).document for p in (pieces, partners))
+    assert not (own == other).any()
+    assert set(partners.tolist()) == set(range(len(data)))
+    counts = np.bincount(partners[pieces == 0], minlength=len(data))
+    assert counts.max() < 40
+
+
+def test_the_audit_reports_what_was_asked_for():
+    data = dataset("mlm", corpus(2000))
+    found = realised([data.collate(epoch_of_rows(data, 0))], VOCAB)
+    assert found["mlm/mask"] == pytest.approx(0.8, abs=0.01)
+    assert found["mlm/random"] == pytest.approx(0.1, abs=0.01)
+    assert found["mlm/kept"] == pytest.approx(0.1, abs=0.01)
+    assert sum(found[f"mlm/{key}"] for key in ("mask", "random", "kept")) == pytest.approx(1)
+    clm = dataset("clm")
+    assert set(realised([clm.collate(clm.rows(Cursor(), 4)[0])], VOCAB)) == {"useful", "clm/targets"}
+
+
+def test_a_tokenizer_that_did_not_prepare_the_data_is_refused(monkeypatch):
+    class Other:
+        digest, vocabulary = "aaaa", VOCAB
+
+    store = MemoryStore([9, 9])
+    store.tokenizer_digest = "bbbb"
+    monkeypatch.setattr("ds_pretrain.data.dataset.Store", lambda prefix: store)
+    with pytest.raises(ValueError, match=r"prepared with tokenizer bbbb, .*given is aaaa: prepare .*tokenizer"):
+        PretrainingDataset("folder", Other(), seq_len=SEQ)
+    store.tokenizer_digest = "aaaa"
+    data = PretrainingDataset(data_path="folder", tokenizer=Other(), seq_len=SEQ, objective="clm", seed=3)
+    other = data.split("validation")
+    assert (other.source, other.seq_len, other.seed, other.objective) == ("validation", SEQ, 3, data.objective)
+    assert other.digest != data.digest

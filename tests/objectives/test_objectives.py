@@ -1,0 +1,262 @@
+"""Laws that hold for every registered objective, and the numbers that clm and mlm must reproduce."""
+
+import numpy as np
+import pytest
+import torch
+
+from ds_pretrain.core import rng
+from ds_pretrain.core.batch import Document
+from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling, create
+
+VOCAB = Vocabulary(1000, 0, 1, 2, 3, 4, 5, tuple(range(8, 264)), frozenset(range(264)))
+LENGTHS = [1, 2, 3, 7, 50, 127, 10_000]
+MAX_LEN = 128
+
+objectives = pytest.mark.parametrize("name", list(REGISTRY))
+
+
+def documents(objective, tokens, seed=0, specials=()):
+    """As many documents as one example takes, each of at most `tokens` tokens and ending as documents do."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(objective.documents):
+        words = random.integers(264, VOCAB.size, size=min(tokens, objective.piece(MAX_LEN)), dtype=np.int32)
+        words[[i for i in specials if i < len(words)]] = VOCAB.sep
+        if objective.eod:
+            words[-1] = VOCAB.eod
+        made.append(Document(words))
+    return made
+
+
+def example(objective, docs, *key):
+    return objective.example(docs, VOCAB, MAX_LEN, rng.generator("test", *key))
+
+
+def made(name, keys=5):
+    """Examples of all lengths under several keys, with the documents they were made from."""
+    objective = create(name)
+    for length in LENGTHS:
+        for key in range(keys):
+            docs = documents(objective, length, key)
+            yield objective, docs, example(objective, docs, key)
+
+
+def planes(e):
+    arrays = [e.inputs, e.horizon, *(a for t in e.targets.values() for a in (t.labels, t.weights))]
+    return arrays if e.token_type is None else [*arrays, e.token_type]
+
+
+@objectives
+def test_the_same_key_gives_the_same_example_and_leaves_the_document_alone(name):
+    for objective, docs, first in made(name):
+        before = [doc.tokens.copy() for doc in docs]
+        again, twice = (example(objective, docs, 7) for _ in range(2))
+        assert all(np.array_equal(a, b) for a, b in zip(planes(again), planes(twice), strict=True))
+        assert all(np.array_equal(doc.tokens, tokens) for doc, tokens in zip(docs, before, strict=True))
+        assert not any(np.shares_memory(first.inputs, doc.tokens) for doc in docs)
+
+
+@objectives
+def test_an_example_keeps_its_promised_size(name):
+    for objective, docs, e in made(name):
+        bound = int(objective.size(np.array([len(docs[0].tokens)]))[0])
+        assert 1 <= len(e.inputs) <= bound <= MAX_LEN
+        assert all(len(plane) == len(e.inputs) for plane in planes(e))
+    assert int(objective.size(np.array([objective.piece(MAX_LEN)]))[0]) <= MAX_LEN
+
+
+@objectives
+def test_sizes_are_a_vector_that_grows_with_the_piece(name):
+    objective = create(name)
+    sizes = objective.size(np.arange(1, objective.piece(MAX_LEN) + 1))
+    assert sizes.shape == (objective.piece(MAX_LEN),) and (np.diff(sizes) >= 0).all()
+
+
+@objectives
+def test_every_position_sees_itself_and_nothing_outside_its_example(name):
+    for _, _, e in made(name):
+        here = np.arange(len(e.inputs))
+        assert (e.horizon >= here).all() and (e.horizon < len(here)).all()
+
+
+@objectives
+def test_the_kind_of_attention_is_the_promised_one(name):
+    for objective, _, e in made(name):
+        here = np.arange(len(e.inputs))
+        if objective.kind == "causal":
+            assert np.array_equal(e.horizon, here)
+        if objective.kind == "full":
+            assert (e.horizon == len(here) - 1).all()
+
+
+@objectives
+def test_what_bears_loss_is_a_real_label_under_a_declared_head(name):
+    for objective, _, e in made(name):
+        assert set(e.targets) <= {head.name for head in objective.heads}
+        for head in objective.heads:
+            target = e.targets[head.name]
+            scored = target.labels[target.weights != 0]
+            assert ((scored >= 0) & (scored < (head.classes or VOCAB.size))).all()
+            assert (target.weights >= 0).all() and target.weights.dtype == np.float32
+
+
+@objectives
+def test_the_total_is_the_sum_of_the_weights_or_says_otherwise(name):
+    """Masked diffusion divides by the number of maskable tokens; every other objective by its weights."""
+    for _, _, e in made(name):
+        for target in e.targets.values():
+            assert np.isfinite(target.total) and target.total >= 0
+            assert target.total > 0 or not target.weights.any()
+            if name != "mdlm":
+                assert target.total == pytest.approx(float(target.weights.sum()))
+
+
+@objectives
+def test_inputs_are_ids_of_the_vocabulary(name):
+    for _, _, e in made(name):
+        assert e.inputs.dtype == np.int32 and (e.inputs >= 0).all() and (e.inputs < VOCAB.size).all()
+        assert not (e.inputs == VOCAB.pad).any()
+
+
+@objectives
+def test_special_tokens_are_never_masked_and_words_are_never_swapped_for_them(name):
+    """Position by position where an example keeps its document in place, which those that write [MASK] do."""
+    objective = create(name)
+    for key in range(50):
+        e = example(objective, documents(objective, 100, key, specials=(10, 11, 12, 50)), key)
+        for target in e.targets.values():
+            masked = (e.inputs == VOCAB.mask) & (target.weights != 0)
+            assert not VOCAB.is_special[target.labels[masked]].any()
+            if masked.any():
+                assert not VOCAB.is_special[target.labels[target.weights != 0]].any()
+                assert not VOCAB.is_special[e.inputs[(target.weights != 0) & ~masked]].any()
+
+
+@objectives
+def test_too_short_rows_are_refused_with_the_numbers(name):
+    (problem, *_) = create(name).check(VOCAB, 2)
+    assert "2" in problem and name in problem
+    assert create(name).check(VOCAB, 512) == []
+
+
+@objectives
+def test_unknown_fields_name_the_nearest(name):
+    with pytest.raises(ValueError, match=f"unknown field of objective {name}"):
+        create(name, nonsense=1)
+
+
+def test_clm_predicts_every_token_of_a_document_exactly_once():
+    tokens = np.append(np.random.default_rng(0).integers(264, 1000, size=300), VOCAB.eod).astype(np.int32)
+    pieces = [Document(tokens[i : i + 64], None if i == 0 else int(tokens[i - 1])) for i in range(0, len(tokens), 64)]
+    examples = [CausalLanguageModeling().example([p], VOCAB, 64, rng.generator(0)) for p in pieces]
+    assert np.array_equal(np.concatenate([e.targets["clm"].labels for e in examples]), tokens)
+    assert np.array_equal(np.concatenate([e.inputs for e in examples]), np.concatenate(([VOCAB.eod], tokens[:-1])))
+    assert all((e.targets["clm"].weights == 1).all() for e in examples)
+
+
+def test_clm_without_eod_loss_leaves_out_the_end_only():
+    docs = documents(CausalLanguageModeling(), 10)
+    target = example(CausalLanguageModeling(eod_loss=False), docs, 0).targets["clm"]
+    assert target.weights.tolist() == [1] * 9 + [0] and target.total == 9
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 10, 100, 126])
+def test_mlm_exact_selection_counts_as_bert_does(tokens):
+    """max(1, round(p * n)) of the real tokens: two of these are special and do not count."""
+    objective = MaskedLanguageModeling()
+    specials = (0, 5) if tokens > 9 else ()
+    e = example(objective, documents(objective, tokens, specials=specials), 0)
+    assert e.targets["mlm"].total == max(1, round(0.15 * (tokens - len(specials))))
+
+
+def corrupted(objective, total=1_000_000):
+    """inputs, labels, weights of a million tokens, each document with two special ids in its middle."""
+    examples = [example(objective, documents(objective, 126, k, specials=(40, 41)), k) for k in range(-(-total // 126))]
+    targets = [e.targets["mlm"] for e in examples]
+    inputs = np.concatenate([e.inputs for e in examples])
+    return inputs, np.concatenate([t.labels for t in targets]), np.concatenate([t.weights for t in targets])
+
+
+def within(count, total, share):
+    """Five standard deviations of a binomial."""
+    assert abs(count / total - share) < 5 * np.sqrt(share * (1 - share) / total), f"{count / total:.5f} for {share}"
+
+
+@pytest.fixture(scope="module", params=["exact", "bernoulli"])
+def million(request):
+    return request.param, *corrupted(MaskedLanguageModeling(selection=request.param))
+
+
+def test_mlm_rates_over_a_million_tokens(million):
+    selection, inputs, labels, weights = million
+    real = ~VOCAB.is_special[labels]
+    chosen = weights == 1
+    share = round(0.15 * 124) / 124 if selection == "exact" else 0.15
+    within(chosen.sum(), real.sum(), share)
+    masked, words = inputs == VOCAB.mask, 1000 - 264
+    within((chosen & masked).sum(), chosen.sum(), 0.8)
+    within((chosen & ~masked & (inputs != labels)).sum(), chosen.sum(), 0.1 * (1 - 1 / words))
+    within((chosen & (inputs == labels)).sum(), chosen.sum(), 0.1 * (1 + 1 / words))
+
+
+def test_mlm_touches_no_special_and_inserts_none(million):
+    _, inputs, labels, weights = million
+    special = VOCAB.is_special[labels]
+    assert not weights[special].any()
+    assert np.array_equal(inputs[weights == 0], labels[weights == 0])
+    inserted = inputs[(inputs != labels) & (inputs != VOCAB.mask)]
+    assert not VOCAB.is_special[inserted].any()
+    assert len(np.unique(inserted)) == 1000 - 264, "random words are uniform over the real vocabulary"
+    counts = np.bincount(inserted, minlength=1000)[264:]
+    chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert abs(chi - 735) < 5 * np.sqrt(2 * 735)
+
+
+def test_mlm_chooses_every_position_equally_often(million):
+    _, _, labels, weights = million
+    columns = weights.reshape(-1, 128)[:, ~VOCAB.is_special[labels.reshape(-1, 128)[0]]]
+    for count in columns.sum(axis=0):
+        within(count, len(columns), columns.mean())
+
+
+def test_mlm_agrees_with_transformers():
+    """The three shares of DataCollatorForLanguageModeling over as many tokens, as the difference of two samples."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.BertTokenizerFast(vocab=_wordpieces(), do_lower_case=False)
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=0.15, seed=0)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(5, 1000, size=(4000, 126)))
+    rows = torch.cat([torch.full((4000, 1), 2), ids, torch.full((4000, 1), 3)], dim=1)
+    out = collator([{"input_ids": row} for row in rows])
+    chosen = (out["labels"] != -100).numpy()
+    inputs, labels = out["input_ids"].numpy(), rows.numpy()
+    theirs = _shares(inputs, labels, chosen, tokenizer.mask_token_id, 4000 * 126)
+    inputs, labels, weights = corrupted(MaskedLanguageModeling(selection="bernoulli"), 4000 * 126)
+    ours = _shares(inputs, labels, weights == 1, VOCAB.mask, int((~VOCAB.is_special[labels]).sum()))
+    for (a, n), (b, m) in zip(ours, theirs, strict=True):
+        assert abs(a - b) < 5 * np.sqrt(a * (1 - a) * (1 / n + 1 / m)), (ours, theirs)
+
+
+def _shares(inputs, labels, chosen, mask, real):
+    count = int(chosen.sum())
+    masked, kept = (int((chosen & (inputs == other)).sum()) for other in (mask, labels))
+    return [(count / real, real), (masked / count, count), (kept / count, count)]
+
+
+def _wordpieces():
+    return {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(995))])}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask_prob": 0}, "mask_prob must lie between 0 and 1, got 0"),
+        ({"mask_prob": 1.5}, "got 1.5"),
+        ({"mask_token_prob": 0.95}, "mask_token_prob 0.95 and random_token_prob 0.1"),
+        ({"random_token_prob": -0.1}, "must not be negative"),
+        ({"selection": "some"}, "'exact' or 'bernoulli', got 'some'"),
+    ],
+)
+def test_mlm_refuses_impossible_settings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedLanguageModeling(**fields)
