@@ -1,0 +1,321 @@
+"""Sources to documents: text, JSON lines, parquet (each also .gz or .zst), folders, `datasets`, the embedded corpus.
+
+A source is a string: a file, a folder, `datasets:NAME[:CONFIG[:SPLIT]]`, `embedded` or `embedded:stdlib`. What is a
+document: a line of .jsonl, a row of .parquet or of a dataset; in .txt what lies between form feeds, cut at a blank line
+once it exceeds 64 KB (at any line end once it exceeds 1 MB), so that a large file still splits by document.
+
+Nothing is dropped without a word: broken JSON, a missing field, invalid UTF-8, NUL, empty and giant records go to the
+ledger's quarantine with file, line and reason, and kept + quarantined is exactly what was read. The price: a file that
+cannot be read at all (a truncated .gz, a broken .parquet) stops everything with its name instead of losing its tail.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ds_pretrain.core.registry import unknown
+
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+PACKED = ("", ".gz", ".zst")
+SOFT, HARD = 1 << 16, 1 << 20
+"""Bytes after which a .txt document ends at the next blank line, and at the next line."""
+GIANT = 16 << 20
+"""Bytes above which a record is quarantined."""
+SHOWN = 200
+"""Characters of a quarantined record that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceText:
+    """One document. line: where it starts, from 1 (a row for parquet and datasets)."""
+
+    text: str
+    source: str
+    file: str
+    line: int
+
+
+@dataclass
+class Ledger:
+    """The account of one reading: kept + quarantined is what was read.
+
+    quarantine: the JSONL file for refused records, made when the first one is; None counts them only.
+    inputs: sha256 of what the embedded corpus read. licences: by source name. notes: what a person should be told.
+    """
+
+    quarantine: Path | None = None
+    kept: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    inputs: dict[str, str] = field(default_factory=dict)
+    licences: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, file: str, line: int, reason: str, head: str | bytes) -> None:
+        """Quarantine one record."""
+        self.refused[reason] += 1
+        if self.quarantine:
+            shown = head.decode("utf-8", "backslashreplace") if isinstance(head, bytes) else head
+            shown = shown.encode("utf-8", "backslashreplace").decode()[:SHOWN]  # lone surrogates cannot be written
+            with self.quarantine.open("a", encoding="utf-8") as out:
+                row = {"file": file, "line": line, "reason": reason, "head": shown}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def screen(self, text: str, source: str, file: str, line: int) -> Iterator[SourceText]:
+        """The document if it is sound; else it is quarantined."""
+        if reason := fault(text):
+            self.refuse(file, line, reason, text[:SHOWN])
+        else:
+            self.kept[source] += 1
+            yield SourceText(text, source, file, line)
+
+
+def fault(text: str) -> str | None:
+    """Why a text is not fit for training, if it is not."""
+    if not text.strip():
+        return "empty"
+    if "\x00" in text:
+        return "NUL"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "invalid UTF-8"
+    return "giant" if size > GIANT else None
+
+
+def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "text") -> Iterator[SourceText]:
+    """The documents of one source, in a fixed order."""
+    ledger = Ledger() if ledger is None else ledger
+    before = ledger.kept.total()
+    refused = ledger.refused.copy()
+    name = str(source)
+    if name in ("embedded", "embedded:stdlib"):
+        from ds_pretrain.data import embedded
+
+        yield from embedded.read(ledger, network=name == "embedded")
+    elif name.startswith("datasets:"):
+        yield from _dataset(name, ledger, text_field)
+    else:
+        for path in list_files(source):
+            yield from _file(path, name, ledger, text_field)
+    if ledger.kept.total() == before:
+        found = ", ".join(f"{reason}: {count}" for reason, count in (ledger.refused - refused).items()) or "nothing"
+        raise ValueError(f"no document in {name} (quarantined: {found}); is the text field really {text_field!r}?")
+
+
+def list_files(source: str | Path) -> list[Path]:
+    """The files of a path, sorted; a folder gives every file below it that can be read."""
+    path = Path(source)
+    known = tuple(kind + packed for kind in SUFFIXES for packed in PACKED)
+    if not path.exists():
+        raise ValueError(f"no corpus at {path}: no such file or folder")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(known))
+    if not files or not files[0].name.endswith(known):
+        raise ValueError(
+            f"no corpus at {path}: expected files ending in {', '.join(SUFFIXES)}, alone or with .gz or .zst"
+        )
+    return files
+
+
+def _file(path: Path, source: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+    kind = next(suffix for suffix in path.suffixes[::-1] if suffix in SUFFIXES)
+    broken = (EOFError, zlib.error, gzip.BadGzipFile)
+    try:
+        with _open(path) as stream:
+            if kind == ".parquet":
+                yield from _parquet(stream, path, source, ledger, text_field)
+            elif kind == ".txt":
+                yield from _text(stream, str(path), source, ledger)
+            else:
+                yield from _jsonl(stream, str(path), source, ledger, text_field)
+    except broken as error:
+        raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(_Zstd(path))
+    return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """A .zst file of any number of frames. The library's own reader takes a truncated file for a finished one."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._raw = path.open("rb")
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._inside = False
+        self._error = zstandard.ZstdError
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._inside = self._new(), False
+            data = data or self._raw.read(1 << 17)
+            if not data:
+                if self._inside:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            self._inside = True
+            try:
+                self._ready = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each line with its end, and whether it is giant: of a giant one the beginning only."""
+    while line := stream.readline(GIANT + 1):
+        giant = len(line) > GIANT
+        rest = line
+        while giant and rest and not rest.endswith(b"\n"):
+            rest = stream.readline(GIANT)
+        yield line, giant
+
+
+def _decoded(data: bytes, file: str, line: int, ledger: Ledger) -> Iterator[str]:
+    try:
+        yield data.removeprefix(b"\xef\xbb\xbf").decode() if line == 1 else data.decode()
+    except UnicodeDecodeError:
+        ledger.refuse(file, line, "invalid UTF-8", data[:SHOWN])
+
+
+def _jsonl(stream: IO[bytes], file: str, source: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+    for number, (line, giant) in enumerate(_lines(stream), start=1):
+        if giant:
+            ledger.refuse(file, number, "giant", line[:SHOWN])
+            continue
+        for text in _decoded(line, file, number, ledger):
+            found = _field(text, text_field)
+            if isinstance(found, Fault):
+                ledger.refuse(file, number, found.reason, text[:SHOWN])
+            else:
+                yield from ledger.screen(found, source, file, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a record has no text."""
+
+    reason: str
+
+
+def _field(line: str, text_field: str) -> str | Fault:
+    if not line.strip():
+        return Fault("empty")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return Fault("broken JSON")
+    if not isinstance(row, dict) or text_field not in row:
+        return Fault(f"no field {text_field!r}")
+    text = row[text_field]
+    return text if isinstance(text, str) else Fault(f"field {text_field!r} is not text")
+
+
+def _text(stream: IO[bytes], file: str, source: str, ledger: Ledger) -> Iterator[SourceText]:
+    for line, part, giant in cut(_lines(stream)):
+        if giant:
+            ledger.refuse(file, line, "giant", part[:SHOWN])
+            continue
+        for text in _decoded(part, file, line, ledger):
+            yield from ledger.screen(text, source, file, line)
+
+
+def cut(lines: Iterable[tuple[bytes, bool]], soft: int = SOFT, hard: int = HARD) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines into documents: (first line, bytes, whether giant).
+
+    A document ends at a form feed, at a blank line beyond `soft` bytes and at any line beyond `hard`. A giant line is one
+    of its own. Nothing but form feeds, and blank text after the last of them, is missing from what comes out.
+    """
+    held, first, found = bytearray(), 1, 0
+    for number, (line, giant) in enumerate(lines, start=1):
+        *ended, rest = [line] if giant else line.split(b"\f")
+        full = len(held) >= hard or (len(held) >= soft and not line.strip())
+        if held and (giant or full):
+            yield first, bytes(held), False
+            held, found = bytearray(), found + 1
+        for part in ended:
+            yield first if held else number, bytes(held) + part, False
+            held, found = bytearray(), found + 1
+        if giant:
+            yield number, rest, True
+            found += 1
+        else:
+            first = first if held else number
+            held += rest
+    if held.strip() or not found:
+        yield first, bytes(held), False
+
+
+def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(stream if path.suffix == ".parquet" else io.BytesIO(stream.read()))
+        schema = table.schema_arrow
+        if text_field not in schema.names:
+            raise ValueError(f"{path}: {unknown('column', text_field, schema.names)}; name the one that holds the text")
+        if not (
+            pa.types.is_string(schema.field(text_field).type) or pa.types.is_large_string(schema.field(text_field).type)
+        ):
+            raise ValueError(f"{path}: column {text_field!r} is {schema.field(text_field).type}, not text")
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            for value in batch.column(0).cast(pa.large_binary()):  # as bytes: nothing has checked that they are UTF-8
+                row += 1
+                if not value.is_valid:
+                    ledger.refuse(str(path), row, f"no field {text_field!r}", "")
+                    continue
+                for text in _decoded(value.as_py(), str(path), row, ledger):
+                    yield from ledger.screen(text, source, str(path), row)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
+
+
+def _dataset(spec: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+    name, config, split = ([*spec.split(":")[1:], "", ""])[:3]
+    try:
+        import datasets
+
+        table = datasets.load_dataset(name, config or None, split=split or "train")
+    except (
+        Exception
+    ) as error:  # the library raises a dozen kinds, and a user needs one: what could not be loaded, and why
+        raise ValueError(
+            f"cannot load {spec} (datasets:NAME[:CONFIG[:SPLIT]]): {type(error).__name__}: {error}"
+        ) from error
+    if text_field not in table.column_names:
+        raise ValueError(
+            f"{spec}: {unknown('column', text_field, table.column_names)}; name the one that holds the text"
+        )
+    for row, text in enumerate(table[text_field], start=1):
+        if isinstance(text, str):
+            yield from ledger.screen(text, spec, spec, row)
+        else:
+            ledger.refuse(spec, row, f"field {text_field!r} is not text", repr(text)[:SHOWN])
