@@ -1,0 +1,156 @@
+"""From an environment to a mesh: rendezvous, groups, and the random streams of each rank.
+
+Rank and world size come from the launcher's environment (torchrun, deepspeed, SLURM, Open MPI); without one the process
+is a world of its own and no port is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_pretrain.core import rng
+from ds_pretrain.parallel.cpu import adapt
+from ds_pretrain.parallel.plan import Coordinate, ParallelPlan
+
+TIMEOUT = timedelta(minutes=10)
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+class Place(NamedTuple):
+    """This process among the processes of the job."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def place(environ: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables; a world of one without them."""
+    for names in _LAUNCHERS:
+        if all(name in environ for name in names):
+            return Place(*(int(environ[name]) for name in names))
+    return Place(0, 1, 0)
+
+
+def start(where: Place | None = None) -> Place:
+    """Join the job's process group (NCCL with CUDA, gloo without). Safe to call twice."""
+    where = where or place()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(where.local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        alone = {"store": dist.HashStore()} if where.world == 1 else {"init_method": "env://"}
+        dist.init_process_group(backend, rank=where.rank, world_size=where.world, timeout=TIMEOUT, **alone)
+    for name, value in (("RANK", where.rank), ("WORLD_SIZE", where.world), ("LOCAL_RANK", where.local_rank)):
+        os.environ[name] = str(value)  # DeepSpeed and megatron-core read these, whoever the launcher was
+    return where
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a job arranged by a plan. One mesh at a time per process: megatron-core's groups are global."""
+
+    plan: ParallelPlan
+    rank: int
+    world: int
+    local_rank: int
+
+    @staticmethod
+    def build(plan: ParallelPlan) -> Mesh:
+        """Create the groups of `plan` over all ranks of the job (collective)."""
+        where = start()
+        plan.data(where.world)
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (adapt patches what is imported)
+        from megatron.core import parallel_state
+
+        adapt()
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            plan.tensor, plan.pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=10
+        )
+        mesh = Mesh(plan, *where)
+        mesh.seed(0, 0)
+        return mesh
+
+    @property
+    def at(self) -> Coordinate:
+        return self.plan.coordinate(self.rank, self.world)
+
+    @property
+    def data_size(self) -> int:
+        return self.plan.data(self.world)
+
+    @property
+    def first_stage(self) -> bool:
+        return self.at.pipeline == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.at.pipeline == self.plan.pipeline - 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_group()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Set every dropout stream of this rank to a pure function of (seed, step, place).
+
+        Called at each step, so that nothing has to be saved for a resume to be bitwise. The default stream is shared by
+        the tensor ranks (their hidden states are replicas); the tracked one is each rank's own.
+        """
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        torch.manual_seed(rng.torch_seed("dropout", seed, step, self.at.pipeline, self.at.data))
+        tracker = get_cuda_rng_tracker()
+        tracker.reset()
+        tracker.add("model-parallel-rng", rng.torch_seed("tensor", seed, step, *self.at))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over every rank of the job. Ranks that hold a copy must pass zeros."""
+        dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+class Mpu:
+    """The facade through which DeepSpeed asks for megatron's groups."""
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state as state
+
+        self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_tensor_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_data_parallel_rank = state.get_data_parallel_rank
+        self.get_data_parallel_world_size = state.get_data_parallel_world_size
+        self.get_data_parallel_group = state.get_data_parallel_group
