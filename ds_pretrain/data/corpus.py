@@ -197,7 +197,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
         yield line, giant
 
 
-def _decoded(data: bytes, file: str, line: int, ledger: Ledger) -> Iterator[str]:
+def decoded(data: bytes, file: str, line: int, ledger: Ledger) -> Iterator[str]:
     try:
         yield data.removeprefix(b"\xef\xbb\xbf").decode() if line == 1 else data.decode()
     except UnicodeDecodeError:
@@ -209,7 +209,7 @@ def _jsonl(stream: IO[bytes], file: str, source: str, ledger: Ledger, text_field
         if giant:
             ledger.refuse(file, number, "giant", line[:SHOWN])
             continue
-        for text in _decoded(line, file, number, ledger):
+        for text in decoded(line, file, number, ledger):
             found = _field(text, text_field)
             if isinstance(found, Fault):
                 ledger.refuse(file, number, found.reason, text[:SHOWN])
@@ -242,15 +242,15 @@ def _text(stream: IO[bytes], file: str, source: str, ledger: Ledger) -> Iterator
         if giant:
             ledger.refuse(file, line, "giant", part[:SHOWN])
             continue
-        for text in _decoded(part, file, line, ledger):
+        for text in decoded(part, file, line, ledger):
             yield from ledger.screen(text, source, file, line)
 
 
 def cut(lines: Iterable[tuple[bytes, bool]], soft: int = SOFT, hard: int = HARD) -> Iterator[tuple[int, bytes, bool]]:
     """Lines into documents: (first line, bytes, whether giant).
 
-    A document ends at a form feed, at a blank line beyond `soft` bytes and at any line beyond `hard`. A giant line is one
-    of its own. Nothing but form feeds, and blank text after the last of them, is missing from what comes out.
+    A document ends at a form feed, at a blank line beyond `soft` bytes and at any line beyond `hard`. A giant line is
+    one of its own. Nothing but form feeds, and blank text after the last of them, is missing from what comes out.
     """
     held, first, found = bytearray(), 1, 0
     for number, (line, giant) in enumerate(lines, start=1):
@@ -292,7 +292,7 @@ def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_fi
                 if not value.is_valid:
                     ledger.refuse(str(path), row, f"no field {text_field!r}", "")
                     continue
-                for text in _decoded(value.as_py(), str(path), row, ledger):
+                for text in decoded(value.as_py(), str(path), row, ledger):
                     yield from ledger.screen(text, source, str(path), row)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
