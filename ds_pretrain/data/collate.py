@@ -139,14 +139,11 @@ def _batch(
     token_type: Tensor | None = None,
 ) -> Batch:
     shape = layout.shape
-    segment, horizon = _plane(layout.segment(), shape), _plane(horizon.astype(np.int32, copy=False), shape)
-    return Batch(
-        _plane(inputs.astype(np.int64, copy=False), shape),
-        _plane(layout.position(), shape),
-        AttentionPattern(segment, horizon, objective.kind),
-        targets,
-        token_type,
+    attention = AttentionPattern(
+        _plane(layout.segment(), shape), _plane(horizon.astype(np.int32, copy=False), shape), objective.kind
     )
+    inputs = inputs.astype(np.int64, copy=False)
+    return Batch(_plane(inputs, shape), _plane(layout.position(), shape), attention, targets, token_type)
 
 
 def _padding(length: int, pad: int) -> Example:

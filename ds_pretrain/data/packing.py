@@ -88,7 +88,8 @@ def _best_fit(histogram: np.ndarray, capacity: int) -> np.ndarray:
     where room[f] is not empty, so the tightest fit for a size is the lowest bit set at or above it.
     """
     room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    open_, rows, placed = 0, 0, []
+    placed: list[int] = []
+    open_, rows = 0, 0
     for size in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[size])
         while left:

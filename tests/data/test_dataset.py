@@ -7,8 +7,10 @@ import pytest
 import torch
 from memory import VOCAB, MemoryStore, corpus
 
+from ds_pretrain.core import rng
 from ds_pretrain.data.collate import collate, realised
 from ds_pretrain.data.dataset import EVALUATION, Cursor, PretrainingDataset, Samples
+from ds_pretrain.data.store import Store, StoreWriter
 from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling
 
 SEQ = 64
@@ -49,6 +51,7 @@ def test_every_epoch_uses_every_piece_exactly_once(name, blocks):
         assert sorted(samples) == list(range(epoch * len(data), (epoch + 1) * len(data)))
         orders.append([sample % len(data) for sample in samples])
     assert orders[0] != orders[1] != orders[2]
+    assert not np.array_equal(data._ordered(0)[1], data._ordered(data.blocks)[1])
 
 
 @objectives
@@ -169,6 +172,21 @@ def test_masks_change_with_the_epoch_and_not_in_evaluation():
     assert not np.array_equal(data.example(3 + EVALUATION * len(data)).inputs, first.inputs)
 
 
+@pytest.mark.parametrize(("epoch", "word"), [(0, 0), (2, 2), (EVALUATION, "evaluation")])
+def test_the_key_of_a_sample_is_the_published_one(epoch, word):
+    data = dataset("mlm", seed=5)
+    key = rng.generator(5, word, "train", 3, "mlm")
+    expected = data.objective.example([data.piece(3)], VOCAB, SEQ, key)
+    assert np.array_equal(data.example(epoch * len(data) + 3).inputs, expected.inputs)
+
+
+def test_lengths_do_not_drift_within_a_block():
+    """Packing makes rows of long pieces first; a reader must not notice."""
+    data = dataset("clm", corpus(3000))
+    counts = np.array([len(row) for row in epoch_of_rows(data, 0)[:1000]])
+    assert abs(np.corrcoef(np.arange(1000), counts)[0, 1]) < 5 / np.sqrt(1000)
+
+
 def test_seeds_and_sources_give_other_orders_and_masks():
     def stream(**settings):
         rows, _ = dataset("mlm", **settings).rows(Cursor(), 4)
@@ -189,6 +207,7 @@ def test_evaluation_takes_whole_documents_up_to_the_limit(name):
     assert (plan.bytes, plan.words) == (5 * plan.tokens, plan.tokens)
     pieces = Counter(sample - EVALUATION * len(data) for row in plan.rows for sample in row)
     assert pieces == Counter(range(int(data.pieces.ends[plan.documents - 1])))
+    assert data.evaluation(int(store.lengths[:5].sum())).documents == 5
     assert data.evaluation(0).documents == data.evaluation(1).documents == 1
     assert data.evaluation().documents == len(store)
 
@@ -211,6 +230,18 @@ def test_the_digest_follows_everything_that_moves_a_cursor():
     ]
     assert len(set(digests)) == len(digests)
     assert dataset(MaskedLanguageModeling(mask_prob=0.3)).digest == digests[0]
+
+
+@objectives
+def test_a_store_on_disk_gives_the_same_batches(name, tmp_path):
+    memory = corpus(40)
+    with StoreWriter(tmp_path / "train", vocab_size=VOCAB.size, eod=VOCAB.eod, tokenizer_digest="memory") as writer:
+        for i, length in enumerate(memory.lengths.tolist()):
+            writer.add(memory.slice(i, 0, length - 1), "")
+    ours, disk = dataset(name, memory), dataset(name, Store(tmp_path / "train"))
+    rows, _ = ours.rows(Cursor(), 20)
+    assert rows == disk.rows(Cursor(), 20)[0]
+    assert equal(ours.collate(rows), disk.collate(rows))
 
 
 def test_what_cannot_work_is_refused():

@@ -97,6 +97,21 @@ def test_closing_ends_the_thread_even_when_nothing_was_read():
     Loader(dataset(), 8, 2).close()
 
 
+def test_closing_waits_for_one_step_at_most():
+    data = dataset()
+    collate, calls = data.collate, []
+
+    def slow(rows):
+        calls.append(rows)
+        time.sleep(0.05)
+        return collate(rows)
+
+    data.collate = slow
+    with Loader(data, 2, 2, prefetch=20) as loader:
+        next(loader)
+    assert len(calls) <= 10
+
+
 def test_a_forgotten_loader_does_not_hold_the_interpreter():
     code = (
         "import sys; sys.path[:0] = [sys.argv[1]]\n"
