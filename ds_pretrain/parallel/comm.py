@@ -1,12 +1,19 @@
-"""What an objective may ask of the other data-parallel ranks (`core.batch.Comm`)."""
+"""Collectives that the rooms above ask for, and what an objective may ask of other data ranks (`core.batch.Comm`)."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from ds_pretrain.parallel.mesh import Mesh
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over the group, in place."""
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class DataComm:
@@ -19,9 +26,7 @@ class DataComm:
         """The rows of all data ranks, in rank order; gradients flow back to their owners."""
         if self.mesh.data_size == 1:
             return x
-        import torch
-
         return torch.cat(all_gather(x.contiguous(), group=self.mesh.data_group))
 
     def index(self) -> int:
-        return dist.get_rank(self.mesh.data_group)
+        return self.mesh.at.data

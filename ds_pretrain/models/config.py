@@ -1,0 +1,129 @@
+"""The shape of a model, its parameter count and its FLOPs: arithmetic only, no weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelConfig(BaseModel):
+    """A transformer. `preset` names a known model whose values the other fields override."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str | None = None
+    """Start from this preset (`ds-pretrain list presets`)."""
+    layers: int = Field(4, ge=1)
+    """Transformer layers."""
+    hidden: int = Field(256, ge=8)
+    """Width of the residual stream."""
+    heads: int = Field(4, ge=1)
+    """Attention (query) heads."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Key and value heads; fewer than `heads` is grouped-query attention. None: as many as heads."""
+    ffn: int | None = Field(None, ge=8)
+    """Width of the feed-forward layer. None: 4 x hidden, or 8/3 x hidden rounded up to 64 for SwiGLU."""
+    vocab: int | None = Field(None, ge=8)
+    """Vocabulary size. None: the tokenizer's."""
+    positions: int | None = Field(None, ge=8)
+    """Longest row of a model with learned positions. None: batch.seq_len."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Before each block (GPT-2, LLaMA) or after it (BERT)."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "relu"] = "gelu_tanh"
+    """Feed-forward non-linearity; `gelu_tanh` is GPT-2's approximation, `gelu` BERT's exact one."""
+    position: Literal["learned", "rope"] = "learned"
+    """How positions enter."""
+    rope_base: float = Field(10000.0, gt=0)
+    """Base wavelength of rotary positions."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    token_types: int = Field(0, ge=0)
+    """Rows of the token type embedding; 0 for none (BERT: 2)."""
+    head_transform: bool = False
+    """BERT's head: dense, activation and norm before the output matrix, and a bias per vocabulary id after it."""
+    tie_embeddings: bool = True
+    """Share the input and output embedding matrix."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on embeddings, attention probabilities and both residual branches."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of initial weights; residual projections of pre-norm models have it over sqrt(2 x layers)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset"):
+            from ds_pretrain.models.presets import PRESETS
+
+            return {**PRESETS[values["preset"]], **values}
+        return values
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn:
+            return self.ffn
+        return -(-self.hidden * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.hidden
+
+    @property
+    def vocab_size(self) -> int:
+        if self.vocab is None:
+            raise ValueError("model.vocab is not set: give it, or a tokenizer to take it from")
+        return self.vocab
+
+    def problems(self) -> list[str]:
+        """Contradictions between the fields, each with its numbers and the fix."""
+        found = []
+        if self.hidden % self.heads:
+            found.append(f"model.hidden {self.hidden} is not divisible by model.heads {self.heads}")
+        elif self.position == "rope" and self.head_dim % 2:
+            found.append(f"rotary positions need an even head size, got {self.hidden}/{self.heads} = {self.head_dim}")
+        if self.heads % self.groups:
+            found.append(f"model.heads {self.heads} is not divisible by model.kv_heads {self.groups}")
+        return found
+
+    def count_parameters(self, embeddings: bool = True) -> int:
+        """Number of parameters; without embeddings it is the N of scaling laws."""
+        return sum(n for name, n in self.parameter_table() if embeddings or "embedding" not in name)
+
+    def parameter_table(self) -> list[tuple[str, int]]:
+        """(part, parameters) for the whole model."""
+        h, f, bias = self.hidden, self.ffn_width, int(self.bias)
+        qkv = h + 2 * self.groups * self.head_dim
+        up = f * (2 if self.activation == "swiglu" else 1)
+        norm = h * (2 if self.norm == "layernorm" else 1)
+        attention = (h + bias) * qkv + (h + bias) * h
+        ffn = (h + bias) * up + (f + bias) * h
+        learned = self.positions or 0 if self.position == "learned" else 0
+        head = (h * (h + 1) + norm + self.vocab_size) if self.head_transform else 0
+        return [
+            ("word embedding", self.vocab_size * h),
+            ("position and type embedding", (learned + self.token_types) * h),
+            ("attention", self.layers * attention),
+            ("feed-forward", self.layers * ffn),
+            ("norms", (2 * self.layers + 1) * norm),
+            ("head", head),
+            ("output embedding", 0 if self.tie_embeddings else self.vocab_size * h),
+        ]
+
+    def flops(self, attended: float, tokens: int, scored: int) -> float:
+        """Model FLOPs of one training step, forward and backward, without recomputation.
+
+        attended: pairs (query, key) that the mask lets through; tokens: real tokens, padding left out; scored: positions
+        at which logits are computed. (6 per weight and token, 12 x hidden per pair and layer: Chowdhery et al. 2022, B.)
+        """
+        h, table = self.hidden, dict(self.parameter_table())
+        weights = table["attention"] + table["feed-forward"]
+        per_scored = self.vocab_size * h + (h * h if self.head_transform else 0)
+        return 6.0 * weights * tokens + 12.0 * self.layers * h * attended + 6.0 * per_scored * scored

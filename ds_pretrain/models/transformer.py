@@ -1,0 +1,322 @@
+"""The list of layers that every model and both engines are made of.
+
+    word -> embed -> layers.0 ... layers.N-1 -> head -> output
+
+Each is a module from `Stream` to `Stream` (the last two: to `Answers`), so a pipeline stage is a slice of the list and the
+model on one device is all of it. The transformer layer is megatron-core's, told by `ModuleSpec` to use our norm and our
+core attention; BERT's post-norm is the same class with the norms in other slots. Every layer carries its logical name, so
+parameters are called the same whatever engine wraps them.
+
+Shape suffixes: B rows, S positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    checkpoint,
+    copy_to_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from ds_pretrain.core import rng
+from ds_pretrain.core.attention import Kind
+from ds_pretrain.core.batch import Batch, Stream
+from ds_pretrain.models.attention import CoreAttention, lower
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.models.heads import Answers, Head
+from ds_pretrain.models.norm import Norm
+from ds_pretrain.parallel.comm import all_reduce
+from ds_pretrain.parallel.mesh import Mesh
+from ds_pretrain.parallel.shards import Shard, shards
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the layers need to know beside the model's shape."""
+
+    model: ModelConfig
+    mesh: Mesh
+    kind: Kind = "mixed"
+    """The attention kind that the objective promises."""
+    seq_len: int = 0
+    """Positions of a learned position embedding when the model does not say."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+    @functools.cached_property
+    def megatron(self) -> TransformerConfig:
+        """The same model as megatron-core's config. The pipeline is DeepSpeed's, so it is told of one stage."""
+        m = self.model
+        return TransformerConfig(
+            num_layers=m.layers,
+            hidden_size=m.hidden,
+            num_attention_heads=m.heads,
+            num_query_groups=m.groups,
+            ffn_hidden_size=m.ffn_width,
+            normalization="RMSNorm" if m.norm == "rmsnorm" else "LayerNorm",
+            layernorm_epsilon=m.norm_eps,
+            activation_func=_ACTIVATIONS[m.activation],
+            gated_linear_unit=m.activation == "swiglu",
+            add_bias_linear=m.bias,
+            hidden_dropout=m.dropout,
+            attention_dropout=m.dropout,
+            tensor_model_parallel_size=self.mesh.plan.tensor,
+            sequence_parallel=self.mesh.plan.sequence and self.mesh.plan.tensor > 1,
+            init_method=_leave,
+            output_layer_init_method=_leave,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,
+        )
+
+    @property
+    def padded_vocab(self) -> int:
+        """Vocabulary rows after padding to a multiple of the tensor ranks."""
+        ranks = self.mesh.plan.tensor
+        return -(-self.model.vocab_size // ranks) * ranks
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """megatron-core's initialiser slot: weights are set by name afterwards, the same under every layout."""
+    return weight
+
+
+class Vocabulary(VocabParallelEmbedding):
+    """The vocabulary matrix: looks words up, and projects onto them where it is tied to the output."""
+
+    def __init__(self, build: Build, logical: str) -> None:
+        super().__init__(build.padded_vocab, build.model.hidden, init_method=_leave, config=build.megatron)
+        self.logical = logical
+        self.weight.whole_rows = build.model.vocab_size  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, project: bool = False) -> Tensor:
+        """ids [B, S] -> [B, S, H], or with `project` hidden [n, H] -> this rank's logits [n, V / ranks]."""
+        return F.linear(copy_to_tensor_model_parallel_region(x), self.weight) if project else super().forward(x)
+
+
+class Word(Vocabulary):
+    """First layer: (tokens, position, segment, horizon[, token type]) -> the same with hidden states in front."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build, "word")
+
+    def forward(self, x: Any, project: bool = False) -> Any:
+        if project:
+            return super().forward(x, project=True)
+        return (super().forward(x[0]).transpose(0, 1), *x)
+
+
+class Embed(nn.Module):
+    """Second layer: adds positions and token types, and cuts the sequence for sequence parallelism."""
+
+    logical = "embed"
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        m = build.model
+        self.position = nn.Embedding(m.positions or build.seq_len, m.hidden) if m.position == "learned" else None
+        self.types = nn.Embedding(m.token_types, m.hidden) if m.token_types else None
+        self.norm = _replica_norm(build) if m.norm_position == "post" else None
+        self.dropout = nn.Dropout(m.dropout)
+        self.sequence = build.megatron.sequence_parallel
+
+    def forward(self, x: tuple[Tensor, ...]) -> Stream:
+        hidden, tokens, position, segment, horizon, *token_type = x
+        if self.position is not None:
+            hidden = hidden + self.position(position.t())
+        if self.types is not None:
+            hidden = hidden + self.types(token_type[0].t() if token_type else torch.zeros_like(tokens.t()))
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        if self.sequence:
+            hidden = scatter_to_sequence_parallel_region(hidden)
+        with _own_stream(self.sequence):
+            hidden = self.dropout(hidden)
+        return Stream(hidden, tokens, position, segment, horizon)
+
+
+class Block(TransformerLayer):
+    """One transformer layer: Stream -> Stream."""
+
+    def __init__(self, build: Build, index: int) -> None:
+        super().__init__(build.megatron, _spec(build.model), layer_number=index + 1)
+        m = build.model
+        self.logical = f"layers.{index}"
+        self.kind, self.recompute, self.sequence = build.kind, build.recompute, build.megatron.sequence_parallel
+        self.head_dim, self.rope_base = m.head_dim, m.rope_base if m.position == "rope" else None
+        self.output_norm = Norm(build.megatron, m.hidden, m.norm_eps) if m.norm_position == "post" else None
+
+    def forward(self, x: tuple[Tensor, ...]) -> Stream:
+        stream = Stream(*x)
+        pattern = lower(
+            stream.segment, stream.horizon, stream.position, self.kind, self.head_dim, self.rope_base
+        )
+
+        def run(hidden: Tensor) -> Tensor:
+            with _own_stream(self.sequence):
+                out, _ = TransformerLayer.forward(self, hidden, attention_mask=pattern)
+            return out if self.output_norm is None else self.output_norm(out)
+
+        again = self.recompute and self.training
+        return stream._replace(hidden=checkpoint(run, False, stream.hidden) if again else run(stream.hidden))
+
+
+class Output(Vocabulary):
+    """Last layer where the output matrix is not tied: hands its own matrix to the answers."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build, "output")
+
+    def forward(self, x: Any, project: bool = False) -> Any:
+        return super().forward(x, project=True) if project else x.attach(self)
+
+
+def attach_tied(word: Word, answers: Answers) -> Answers:
+    """Last layer where the output matrix is the word embedding."""
+    return answers.attach(word)
+
+
+def _spec(model: ModelConfig) -> TransformerLayerSubmodules:
+    """megatron-core's layer with our parts. Post-norm: the slot before cross attention follows the attention's residual
+    sum, and there is no cross attention, so a norm there is exactly BERT's; the second one follows the whole layer."""
+    pre = model.norm_position == "pre"
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+    )
+    return TransformerLayerSubmodules(
+        input_layernorm=Norm if pre else IdentityOp,
+        self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.arbitrary}, attention),
+        self_attn_bda=get_bias_dropout_add,
+        pre_cross_attn_layernorm=IdentityOp if pre else Norm,
+        pre_mlp_layernorm=Norm if pre else IdentityOp,
+        mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+def _own_stream(sequence: bool) -> contextlib.AbstractContextManager:
+    """Under sequence parallelism each tensor rank drops other positions, so it draws from its own stream."""
+    return get_cuda_rng_tracker().fork() if sequence else contextlib.nullcontext()
+
+
+def _replica_norm(build: Build) -> Norm:
+    """A norm that sees whole sequences on every tensor rank, so its gradient needs no sum over them."""
+    norm = Norm(build.megatron, build.model.hidden, build.model.norm_eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]
+    return norm
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One entry of the list: how to build it, and, for the tied output, whose module it uses instead."""
+
+    make: Callable[[], nn.Module]
+    tied: str | None = None
+    use: Callable[[Any, Any], Any] | None = None
+
+
+def layer_list(build: Build) -> list[LayerSpec]:
+    """The whole model as a list, in order; `tied` entries of one name share one module."""
+    tied = "word" if build.model.tie_embeddings else None
+    return [
+        LayerSpec(functools.partial(Word, build), tied),
+        LayerSpec(functools.partial(Embed, build)),
+        *(LayerSpec(functools.partial(Block, build, index)) for index in range(build.model.layers)),
+        LayerSpec(functools.partial(Head, build)),
+        LayerSpec(functools.partial(Word, build), tied, attach_tied) if tied else LayerSpec(functools.partial(Output, build)),
+    ]
+
+
+class Network(nn.Module):
+    """The list on one pipeline stage, for the engine without a pipeline and for inference."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.steps: list[Callable[[Any], Any]] = []
+        self.layers = nn.ModuleList()
+        shared: dict[str, nn.Module] = {}
+        for spec in layer_list(build):
+            module = shared.get(spec.tied or "") or spec.make()
+            if spec.tied:
+                shared[spec.tied] = module
+            self.steps.append(functools.partial(spec.use, module) if spec.use else module)
+            if module not in set(self.layers):
+                self.layers.append(module)
+        prepare_parameters(self, build)
+
+    def forward(self, batch: Batch, criterion: Callable[[Answers, Batch], Any]) -> Any:
+        """What `criterion` makes of the answers; called inside, so that sharded parameters are there for the heads."""
+        x: Any = first_inputs(batch)
+        for step in self.steps:
+            x = step(x)
+        return criterion(x, batch)
+
+
+def first_inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """The integer planes that enter the first layer, int64 [B, S] each."""
+    planes = (batch.inputs, batch.position, batch.attention.segment, batch.attention.horizon)
+    return planes if batch.token_type is None else (*planes, batch.token_type)
+
+
+def prepare_parameters(module: nn.Module, build: Build) -> None:
+    """Sum the gradients that sequence parallelism leaves partial, over the tensor ranks."""
+    if not build.megatron.sequence_parallel:
+        return
+    group = build.mesh.tensor_group
+    for parameter in module.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(functools.partial(_sum_over, group))
+
+
+def _sum_over(group: Any, gradient: Tensor) -> Tensor:
+    return all_reduce(gradient.contiguous().clone(), group)
+
+
+def initialise(module: nn.Module, build: Build, seed: int) -> None:
+    """Set every parameter to its initial value: a pure function of (seed, logical name), whatever the layout.
+
+    Each tensor is drawn whole on the CPU and sliced, which costs one tensor of memory and some seconds per billion
+    parameters, and buys the same model on any number of ranks.
+    """
+    for shard, parameter in shards(module, build.mesh.at.tensor, build.mesh.plan.tensor):
+        rows = parameter.shape[shard.dim] if shard.dim is not None else 0
+        with torch.no_grad():
+            parameter.copy_(shard.take(initial_value(shard, build.model, seed), rows))
+
+
+def initial_value(shard: Shard, model: ModelConfig, seed: int) -> Tensor:
+    """The whole initial tensor: norms 1, biases 0, matrices normal with GPT-2's depth scaling when pre-norm."""
+    if shard.name.endswith(".bias"):
+        return torch.zeros(shard.shape)
+    if len(shard.shape) == 1:
+        return torch.ones(shard.shape)
+    residual = shard.name.endswith(("linear_proj.weight", "linear_fc2.weight")) and model.norm_position == "pre"
+    std = model.init_std / (math.sqrt(2 * model.layers) if residual else 1)
+    return torch.randn(shard.shape, generator=rng.torch_generator("init", seed, shard.name)) * std
