@@ -235,9 +235,10 @@ def _replica_norm(build: Build) -> Norm:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One entry of the list: how to build it, and, for the tied output, whose module it uses instead."""
+    """One entry of the list: its class and arguments, and, where a module is shared, under which name and how it is used."""
 
-    make: Callable[[], nn.Module]
+    cls: type[nn.Module]
+    args: tuple[Any, ...]
     tied: str | None = None
     use: Callable[[Any, Any], Any] | None = None
 
@@ -246,11 +247,11 @@ def layer_list(build: Build) -> list[LayerSpec]:
     """The whole model as a list, in order; `tied` entries of one name share one module."""
     tied = "word" if build.model.tie_embeddings else None
     return [
-        LayerSpec(functools.partial(Word, build), tied),
-        LayerSpec(functools.partial(Embed, build)),
-        *(LayerSpec(functools.partial(Block, build, index)) for index in range(build.model.layers)),
-        LayerSpec(functools.partial(Head, build)),
-        LayerSpec(functools.partial(Word, build), tied, attach_tied) if tied else LayerSpec(functools.partial(Output, build)),
+        LayerSpec(Word, (build,), tied),
+        LayerSpec(Embed, (build,)),
+        *(LayerSpec(Block, (build, index)) for index in range(build.model.layers)),
+        LayerSpec(Head, (build,)),
+        LayerSpec(Word, (build,), tied, attach_tied) if tied else LayerSpec(Output, (build,)),
     ]
 
 
@@ -263,7 +264,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList()
         shared: dict[str, nn.Module] = {}
         for spec in layer_list(build):
-            module = shared.get(spec.tied or "") or spec.make()
+            module = shared.get(spec.tied or "") or spec.cls(*spec.args)
             if spec.tied:
                 shared[spec.tied] = module
             self.steps.append(functools.partial(spec.use, module) if spec.use else module)

@@ -1,0 +1,245 @@
+"""One step, whichever DeepSpeed engine makes it.
+
+`Engine.step(micro_batches)` returns per-head sums and totals over the whole job. The two engines differ in who calls the
+layers; the loss, its divisor, the metrics and the state are the same code. All that touches DeepSpeed lives in this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_pretrain.core.attention import AttentionPattern
+from ds_pretrain.core.batch import Batch, Readout, Target
+from ds_pretrain.core.loss import count_totals, step_loss, weighted_mean
+from ds_pretrain.models.transformer import Build, Network, initialise
+from ds_pretrain.objectives.base import Objective
+from ds_pretrain.parallel.comm import DataComm, all_reduce
+from ds_pretrain.parallel.mesh import Mesh, Mpu
+from ds_pretrain.training.optimizer import OptimizerConfig, adamw
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, summed over the job.
+
+    sums, totals: per head. grad_norm: before clipping; None where DeepSpeed has none. skipped: steps skipped so far.
+    """
+
+    loss: float
+    sums: Mapping[str, float]
+    totals: Mapping[str, float]
+    grad_norm: float | None
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Per-head sums over an evaluation, in nats. correct: scored positions whose label was the most probable."""
+
+    loss: float
+    sums: Mapping[str, float]
+    totals: Mapping[str, float]
+    correct: Mapping[str, float]
+
+
+@dataclass
+class Criterion:
+    """From answers to the scalar that backward is called on, keeping the sums on the way."""
+
+    objective: Objective
+    comm: DataComm
+    scale: float
+    totals: Mapping[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    correct: dict[str, Tensor] = field(default_factory=dict)
+    accuracy: bool = False
+
+    def start(self, totals: Mapping[str, float], accuracy: bool = False) -> None:
+        self.totals, self.accuracy, self.sums, self.correct = totals, accuracy, {}, {}
+
+    def __call__(self, read: Readout, batch: Batch) -> Tensor:
+        sums = self.objective.loss(read, batch, self.comm)
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+            if self.accuracy:
+                target = batch.targets[name]
+                hits = read.correct(name, target.labels, target.weights).sum().double()
+                self.correct[name] = self.correct.get(name, 0) + hits
+        return step_loss(sums, self.totals, self.objective.heads, self.scale)
+
+
+class Engine(ABC):
+    """A model, its optimizer and a mesh. Build one with `create_engine`."""
+
+    def __init__(self, build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int) -> None:
+        self.build, self.mesh, self.objective, self.seed = build, build.mesh, objective, seed
+        self.accumulation = deepspeed["gradient_accumulation_steps"]
+        self.criterion = Criterion(objective, DataComm(self.mesh), self.accumulation * self.mesh.data_size)
+        quiet_deepspeed()
+        with quiet_stdout():
+            self.deepspeed = self._start(optimizer, deepspeed)
+        self.stage = self.deepspeed.zero_optimization_stage()
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer underneath DeepSpeed's."""
+        return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+
+    def step(self, batches: Sequence[Batch], number: int, lr: float) -> StepResult:
+        """Train on this rank's micro-batches of step `number` (counted from 1) at this learning rate."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.mesh.seed(self.seed, number)
+        batches = [to_device(batch, self.mesh.device) for batch in batches]
+        totals = self._global(count_totals(batches, self.objective.heads))
+        self.criterion.start(totals)
+        norm = self._train(batches)
+        sums = self._global({name: float(value) for name, value in self.criterion.sums.items()})
+        loss = weighted_mean(sums, totals, self.objective.heads)
+        return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps)
+
+    def evaluate(self, batches: Sequence[Batch]) -> Evaluated:
+        """Sums over these micro-batches of every data rank, without dropout; all ranks must bring equally many."""
+        batches = [to_device(batch, self.mesh.device) for batch in batches]
+        totals = self._global(count_totals(batches, self.objective.heads))
+        self.criterion.start({name: 1.0 for name in totals}, accuracy=True)
+        with torch.no_grad():
+            self._evaluate(batches)
+        sums = self._global({name: float(value) for name, value in self.criterion.sums.items()})
+        correct = self._global({name: float(value) for name, value in self.criterion.correct.items()})
+        self.criterion.start({})
+        return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, correct)
+
+    def _global(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum per-head numbers over the job, each data rank counted once (its last stage, first tensor rank)."""
+        heads = [head.name for head in self.objective.heads]
+        speaks = self.mesh.last_stage and self.mesh.at.tensor == 0
+        local = torch.tensor([values.get(h, 0.0) * speaks for h in heads], dtype=torch.float64, device=self.mesh.device)
+        return dict(zip(heads, self.mesh.sum(local).tolist(), strict=True))
+
+    @abstractmethod
+    def _start(self, optimizer: OptimizerConfig, config: dict) -> Any: ...
+
+    @abstractmethod
+    def _train(self, batches: Sequence[Batch]) -> float | None: ...
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[Batch]) -> None: ...
+
+
+class PlainEngine(Engine):
+    """The engine without a pipeline: ZeRO 0 to 3, the model called once per micro-batch."""
+
+    def _start(self, optimizer: OptimizerConfig, config: dict) -> Any:
+        import deepspeed
+
+        network = Network(self.build).to(self.mesh.device)
+        initialise(network, self.build, self.seed)
+        torch_optimizer = adamw(optimizer, network, offloads(config))
+        return deepspeed.initialize(model=network, optimizer=torch_optimizer, config=config, mpu=Mpu())[0]
+
+    def _train(self, batches: Sequence[Batch]) -> float | None:
+        self.deepspeed.train()
+        norm = None
+        for number, batch in enumerate(batches, start=1):
+            loss = self.deepspeed(batch, self.criterion)
+            self.deepspeed.backward(loss)
+            if number == len(batches) and self.stage == 0:
+                norm = self._gradient_norm()
+                if not math.isfinite(norm):
+                    raise ArithmeticError(f"gradient norm is {norm}: the step was not taken, weights are as before")
+            self.deepspeed.step()
+        return norm if self.stage == 0 else _as_float(self.deepspeed.get_global_grad_norm())
+
+    def _evaluate(self, batches: Sequence[Batch]) -> None:
+        self.deepspeed.eval()
+        for batch in batches:
+            self.deepspeed(batch, self.criterion)
+        self.deepspeed.train()
+
+    def _gradient_norm(self) -> float:
+        """Stage 0 has no norm of its own. Replicas count on the first tensor rank only."""
+        mine = [
+            p.grad.double().pow(2).sum()
+            for p in self.module.parameters()
+            if p.grad is not None and (getattr(p, "tensor_model_parallel", False) or self.mesh.at.tensor == 0)
+        ]
+        square = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        return float(all_reduce(square, self.mesh.tensor_group).sqrt())
+
+
+def create_engine(
+    build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int = 0
+) -> Engine:
+    """The engine that the plan asks for. deepspeed: a resolved DeepSpeed JSON, without "auto"."""
+    from ds_pretrain.training.pipeline import PipelineEngine
+
+    kind = PipelineEngine if build.mesh.plan.pipeline > 1 else PlainEngine
+    return kind(build, objective, optimizer, deepspeed, seed)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its planes on the device."""
+    if device.type == "cpu":
+        return batch
+
+    def move(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    pattern = batch.attention
+    return replace(
+        batch,
+        inputs=move(batch.inputs),
+        position=move(batch.position),
+        attention=AttentionPattern(move(pattern.segment), move(pattern.horizon), pattern.kind),
+        targets={name: Target(move(t.labels), move(t.weights), t.total) for name, t in batch.targets.items()},
+        token_type=move(batch.token_type),
+    )
+
+
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether this DeepSpeed JSON keeps optimizer states on the CPU of a GPU machine."""
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device != "none" and torch.cuda.is_available()
+
+
+def quiet_deepspeed() -> None:
+    """Warnings and errors only; and on CPU nothing is compiled at start (its shared-memory collectives need a compiler)."""
+    import deepspeed
+    import deepspeed.ops
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+
+
+@contextlib.contextmanager
+def quiet_stdout():  # noqa: ANN201
+    """DeepSpeed prints while it starts; show it with DS_PRETRAIN_VERBOSE=1."""
+    if os.environ.get("DS_PRETRAIN_VERBOSE"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _as_float(norm: Any) -> float | None:
+    return None if norm is None else float(norm)

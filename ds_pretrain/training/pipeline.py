@@ -1,0 +1,61 @@
+"""The pipeline engine: the same list of layers, cut into stages by DeepSpeed, ZeRO-1.
+
+Between stages travel one float tensor and the integer planes; labels, weights and totals stay on the last stage, where the
+data iterator hands them over as the batch itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ds_pretrain.core.batch import Batch
+from ds_pretrain.models.transformer import Build, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
+from ds_pretrain.training.engine import Engine, _as_float, offloads
+from ds_pretrain.training.optimizer import OptimizerConfig, adamw
+
+
+class PipelineEngine(Engine):
+    """One or more layers per stage, 1F1B over the micro-batches of a step."""
+
+    def _start(self, optimizer: OptimizerConfig, config: dict) -> Any:
+        import deepspeed
+
+        module = pipeline_module(self.build, self.criterion)
+        prepare_parameters(module, self.build)
+        initialise(module, self.build, self.seed)
+        torch_optimizer = adamw(optimizer, module, offloads(config))
+        return deepspeed.initialize(model=module, optimizer=torch_optimizer, config=config)[0]
+
+    def _train(self, batches: Sequence[Batch]) -> float | None:
+        self.deepspeed.train_batch(iter([(first_inputs(batch), batch) for batch in batches]))
+        return _as_float(self.deepspeed.get_global_grad_norm())
+
+    def _evaluate(self, batches: Sequence[Batch]) -> None:
+        feed = iter([(first_inputs(batch), batch) for batch in batches])
+        self.deepspeed.eval_batch(feed, bcast_loss=False, reduce_output=None, num_micro_batches=len(batches))
+        self.deepspeed.train()
+
+
+def pipeline_module(build: Build, criterion: Any) -> Any:
+    """DeepSpeed's PipelineModule over `layer_list`; transformer layers are divided evenly, ends go to the outer stages."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    mesh = build.mesh
+    topology = PipeModelDataParallelTopology(num_pp=mesh.plan.pipeline, num_mp=mesh.plan.tensor, num_dp=mesh.data_size)
+    return PipelineModule(
+        [_deepspeed_spec(spec) for spec in layer_list(build)],
+        topology=topology,
+        loss_fn=criterion,
+        partition_method="type:^Block$",
+    )
+
+
+def _deepspeed_spec(spec: LayerSpec) -> Any:
+    from deepspeed.pipe import LayerSpec as Plain
+    from deepspeed.pipe import TiedLayerSpec
+
+    if spec.tied is None:
+        return Plain(spec.cls, *spec.args)
+    return TiedLayerSpec(spec.tied, spec.cls, *spec.args, forward_fn=spec.use, tied_weight_attr="weight")
