@@ -255,19 +255,19 @@ def cut(lines: Iterable[tuple[bytes, bool]], soft: int = SOFT, hard: int = HARD)
     held, first, found = bytearray(), 1, 0
     for number, (line, giant) in enumerate(lines, start=1):
         *ended, rest = [line] if giant else line.split(b"\f")
-        full = len(held) >= hard or (len(held) >= soft and not line.strip())
-        if held and (giant or full):
-            yield first, bytes(held), False
-            held, found = bytearray(), found + 1
+        if giant:
+            if held:
+                yield first, bytes(held), False
+            yield number, rest, True
+            held, rest, found = bytearray(), b"", found + 1
         for part in ended:
             yield first if held else number, bytes(held) + part, False
             held, found = bytearray(), found + 1
-        if giant:
-            yield number, rest, True
-            found += 1
-        else:
-            first = first if held else number
-            held += rest
+        first = first if held else number
+        held += rest
+        if len(held) >= hard or (len(held) >= soft and not line.strip()):
+            yield first, bytes(held), False
+            held, found = bytearray(), found + 1
     if held.strip() or not found:
         yield first, bytes(held), False
 

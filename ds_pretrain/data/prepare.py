@@ -2,8 +2,8 @@
 
 A document goes to train, validation or test by the hash of its text alone, so it stays where it is when the corpus
 grows or is reordered, and exact duplicates never lie on both sides. The price: the shares hold on average only, and a
-small corpus can leave one split empty, which is refused. The sources are read twice (survey, then write) so that an empty
-split or a bad path shows before the long part, and the tokenizer is trained on a sample of the train split: the
+small corpus can leave one split empty, which is refused. The sources are read twice (survey, then write) so that an
+empty split or a bad path shows before the long part, and the tokenizer is trained on a sample of the train split: the
 documents of lowest hash up to `sample_bytes`, whatever order they come in.
 
     OUTPUT/{train,validation,test}.{bin,idx,text.npy,json}  tokenizer/  manifest.json  quarantine.jsonl (if need be)

@@ -142,7 +142,8 @@ class TextTokenizer:
     specials: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        texts = list(self.specials)
+        own = [self._engine.piece(i) for i in self.specials.values() if i < self._engine.size]  # names from elsewhere
+        texts = [*self.specials, *own]
         for text, ids in zip(texts, self._engine.encode(texts), strict=True):
             if caught := self.vocabulary.specials.intersection(ids) - {self.specials["<unk>"]}:
                 raise ValueError(
@@ -236,8 +237,12 @@ class TextTokenizer:
         everything = frozenset(self.specials.values())
         return Vocabulary(len(self), pad, eod, unk, cls, sep, mask, sentinels, everything)
 
-    def __len__(self) -> int:
+    @cached_property
+    def _size(self) -> int:
         return max(self._engine.size, *(i + 1 for i in self.specials.values()))
+
+    def __len__(self) -> int:
+        return self._size
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids; no special is added and none is read from the text."""
@@ -249,16 +254,17 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
         """Back to text; specials are spelled out unless they are skipped."""
-        parts: list[str] = []
-        run: list[int] = []
-        for token in (int(i) for i in ids):
-            self._check(token)
-            if token not in self._names:
-                run.append(token)
-            elif not skip_specials:
-                parts += [self._engine.decode(run), self._names[token]]
-                run = []
-        return "".join([*parts, self._engine.decode(run)])
+        array = np.fromiter(ids, dtype=np.int64)
+        for extreme in (array.min(), array.max()) if len(array) else ():
+            self._check(int(extreme))
+        special = self.vocabulary.is_special[array]
+        if skip_specials:
+            array, special = array[~special], np.zeros(0, dtype=bool)
+        parts, start = [], 0
+        for place in np.flatnonzero(special).tolist():
+            parts += [self._engine.decode(array[start:place].tolist()), self._names[int(array[place])]]
+            start = place + 1
+        return "".join([*parts, self._engine.decode(array[start:].tolist())])
 
     def token(self, token: int) -> str:
         """One id as its vocabulary spells it, for display."""
