@@ -158,7 +158,7 @@ class Embed(nn.Module):
             hidden = scatter_to_sequence_parallel_region(hidden)
         with _own_stream(self.sequence):
             hidden = self.dropout(hidden)
-        return Stream(hidden, tokens, position, segment, horizon)
+        return Stream(hidden.contiguous(), tokens, position, segment, horizon)  # it may have to be sent
 
 
 class Block(TransformerLayer):

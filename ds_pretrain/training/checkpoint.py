@@ -1,0 +1,293 @@
+"""A checkpoint that knows no layout, and is either whole or not there.
+
+Each rank writes what it owns of the fp32 master weights and Adam moments, under logical names with the place of each piece
+in the whole, as safetensors (no pickle). A reader puts any parameter together from the pieces and takes its own slice, so a
+checkpoint of one layout continues under any other. What one rank reads is every parameter of its own stage, one at a time,
+from memory maps.
+
+Commit: write under `step-N.tmp` -> hash from memory -> fsync -> gather the file list -> rank 0 writes a self-hashed manifest
+-> fsync -> rename to `step-N` -> fsync the folder. Nothing is ever overwritten, and a resume takes the newest step whose every
+byte verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ds_pretrain.parallel.shards import Shard
+from ds_pretrain.training import state
+from ds_pretrain.training.engine import Engine
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+FILE_BYTES = 1 << 29
+"""Tensors of one file, about: bounds the memory that serialising takes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one stored tensor belongs: `kind` of `shard`, elements from `start` of the slice of `local_shape`."""
+
+    kind: str
+    shard: Shard
+    local_shape: tuple[int, ...]
+    start: int
+
+    @staticmethod
+    def parse(text: str) -> Piece:
+        value = json.loads(text)
+        shard = Shard(**{**value["shard"], "shape": tuple(value["shard"]["shape"])})
+        return Piece(value["kind"], shard, tuple(value["local_shape"]), value["start"])
+
+
+def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write `folder/step-N` (collective) and drop the oldest beyond `keep`. `facts` go into the manifest.
+
+    OSError (disk full, no permission) on any rank removes the attempt and is raised on all.
+    """
+    final, attempt = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    if engine.mesh.rank == 0:
+        shutil.rmtree(attempt, ignore_errors=True)
+        attempt.mkdir(parents=True)
+    engine.mesh.barrier()
+    outcome: list[dict] | str
+    try:
+        outcome = [_write(attempt, name, data) for name, data in _files(engine)]
+    except OSError as error:
+        outcome = f"rank {engine.mesh.rank}: {error}"
+    everyone: list[Any] = [None] * engine.mesh.world
+    dist.all_gather_object(everyone, outcome)
+    failed = [text for text in everyone if isinstance(text, str)]
+    if failed:
+        if engine.mesh.rank == 0:
+            shutil.rmtree(attempt, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} was not saved: {'; '.join(failed)}. Earlier ones are as they were")
+    if engine.mesh.rank == 0:
+        _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": sum(everyone, [])})
+        prune(folder, keep)
+    engine.mesh.barrier()
+    return final
+
+
+def _files(engine: Engine) -> Iterator[tuple[str, bytes]]:
+    """This rank's share as named safetensors files of bounded size."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = number = 0
+    for piece, tensor in _pieces(engine):
+        key = str(len(tensors))
+        tensors[key], metadata[key] = tensor.detach().cpu().contiguous(), json.dumps(asdict(piece))
+        size += tensor.numel() * tensor.element_size()
+        if size > FILE_BYTES:
+            yield f"rank-{engine.mesh.rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
+            tensors, metadata, size, number = {}, {}, 0, number + 1
+    if tensors:
+        yield f"rank-{engine.mesh.rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
+
+
+def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
+    """What this rank writes: of replicas one copy each."""
+    mesh = engine.mesh
+    copies = mesh.at.data > 0 if engine.stage == 0 else False
+    for fragment in state.fragments(engine):
+        tied_copy = fragment.shard.name.startswith("word.") and not mesh.first_stage
+        replica = fragment.shard.dim is None and mesh.at.tensor > 0
+        if not (copies or tied_copy or replica):
+            for kind, view in fragment.views.items():
+                yield Piece(kind, fragment.shard, fragment.local_shape, fragment.start), view
+
+
+def _write(folder: Path, name: str, data: bytes) -> dict[str, Any]:
+    _write_synced(folder / name, data)
+    return {"name": name, "bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    sealed = {"manifest": json.loads(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
+    _write_synced(attempt / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())
+    _sync_folder(attempt)
+    attempt.rename(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, renaming first so that none is ever seen half-removed."""
+    for path in steps(folder)[keep:]:
+        doomed = path.rename(path.with_name(path.name + ".old"))
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def steps(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint. ValueError if it is missing, unreadable or not what was written."""
+    file = path / "manifest.json"
+    try:
+        raw = file.read_bytes()
+        sealed = json.loads(raw)
+        manifest = sealed["manifest"]
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not readable as a manifest ({error})") from error
+    rebuilt = {"manifest": manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
+    if raw != json.dumps(rebuilt, indent=1, sort_keys=True).encode():
+        raise ValueError(f"{file}: does not match its own checksum: it was changed after it was written")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{file}: format version {manifest.get('version')}, this release reads {VERSION}")
+    return manifest
+
+
+def damages(path: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, file by file; `share` of `shares` lets ranks divide the reading."""
+    try:
+        files = read_manifest(path)["files"]
+    except ValueError as error:
+        return [str(error)]
+    strangers = {p.name for p in path.iterdir()} - {f["name"] for f in files} - {"manifest.json"}
+    found = [f"{path / name}: not part of this checkpoint" for name in sorted(strangers)]
+    return found + [text for f in files[share::shares] if (text := _damage(path / f["name"], f))]
+
+
+def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path}: has {path.stat().st_size} bytes, {expected['bytes']} were written"
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return None if digest.hexdigest() == expected["xxh3_128"] else f"{path}: checksum differs: the file is corrupt"
+
+
+def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
+    """The newest checkpoint that verifies (collective when `world` > 1); damaged ones are named and passed over."""
+    for path in steps(folder):
+        found = damages(path, rank, world)
+        if world > 1:
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, found)
+            found = sum(everyone, [])
+        if not found:
+            return path
+        if rank == 0:
+            log.warning("checkpoint %s is damaged, falling back: %s", path, "; ".join(sorted(set(found))[:3]))
+    return None
+
+
+class Snapshot:
+    """A verified checkpoint, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+
+    @cached_property
+    def index(self) -> dict[tuple[str, str], list[tuple[Piece, Path, str]]]:
+        """(name, kind) -> its pieces and where they lie."""
+        found: dict[tuple[str, str], list[tuple[Piece, Path, str]]] = {}
+        for file in self.manifest["files"]:
+            path = self.path / file["name"]
+            try:
+                with safe_open(path, "pt") as tensors:
+                    for key, text in tensors.metadata().items():
+                        piece = Piece.parse(text)
+                        found.setdefault((piece.shard.name, piece.kind), []).append((piece, path, key))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not readable ({error})") from error
+        return found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and its whole shape."""
+        return {name: pieces[0][0].shard.shape for (name, _), pieces in self.index.items()}
+
+    def whole(self, name: str, kind: str = "master") -> Tensor:
+        """One parameter (or Adam moment) put together, fp32, without vocabulary padding."""
+        pieces = self.index[name, kind]
+        first = pieces[0][0]
+        slices = [torch.full(first.local_shape, torch.nan).view(-1) for _ in range(first.shard.ranks)]
+        filled = 0
+        for piece, path, key in pieces:
+            with safe_open(path, "pt") as tensors:
+                tensor = tensors.get_tensor(key)
+            slices[piece.shard.rank][piece.start : piece.start + tensor.numel()] = tensor
+            filled += tensor.numel()
+        if filled != sum(s.numel() for s in slices):
+            raise ValueError(f"{self.path}: {name} ({kind}) has {filled} of {sum(s.numel() for s in slices)} elements")
+        return first.shard.merge([s.view(first.local_shape) for s in slices])
+
+    def weights(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Whole master weights by logical name."""
+        return {name: self.whole(name) for name in (names or sorted(self.shapes))}
+
+
+def load(snapshot: Snapshot, engine: Engine) -> None:
+    """Continue `engine` from a checkpoint of any layout: weights, Adam's moments and every counter."""
+    check_model(snapshot, engine)
+    owned = {fragment.shard.name: fragment for fragment in state.fragments(engine)}
+    for shard, parameter in list(state.local_parameters(engine)):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        rows = shape[shard.dim] if shard.dim is not None else 0
+        for kind in state.KINDS:
+            local = shard.take(snapshot.whole(shard.name, kind), rows).to(engine.mesh.device)
+            if fragment := owned.get(shard.name):
+                view = fragment.views[kind]
+                view.copy_(local.reshape(-1)[fragment.start : fragment.start + view.numel()])
+            if kind == "master":
+                state.refresh_weights(engine, shard, parameter, local)
+    m = snapshot.manifest
+    state.restore_counters(engine, m["adam_step"], m["step"], m["skipped"])
+    engine.mesh.barrier()
+
+
+def check_model(snapshot: Snapshot, engine: Engine) -> None:
+    """ValueError that names how the checkpoint's model differs from the engine's."""
+    ours = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
+    theirs = snapshot.shapes
+    wrong = [
+        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {shape} in the model"
+        for name, shape in ours.items()
+        if theirs.get(name) != shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(
+            f"{snapshot.path} is a checkpoint of another model: {shown}. Use the model of its run.yaml, or another output"
+        )
