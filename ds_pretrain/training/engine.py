@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Readout, Target
 from ds_pretrain.core.loss import count_totals, step_loss, weighted_mean
-from ds_pretrain.models.transformer import Build, Network, initialise
+from ds_pretrain.models.transformer import Block, Build, Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm, all_reduce
 from ds_pretrain.parallel.mesh import Mesh, Mpu
+from ds_pretrain.training.metrics import real_tokens
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
 
@@ -41,6 +42,12 @@ class StepResult:
     totals: Mapping[str, float]
     grad_norm: float | None
     skipped: int
+    tokens: int
+    """Positions of the step that are not padding."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and (self.grad_norm is None or math.isfinite(self.grad_norm))
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,52 @@ class Criterion:
         return step_loss(sums, self.totals, self.objective.heads, self.scale)
 
 
-class Engine(ABC):
-    """A model, its optimizer and a mesh. Build one with `create_engine`."""
+class Model(ABC):
+    """Weights on a mesh that can be evaluated for an objective: a running engine, or a frozen model."""
+
+    build: Build
+    objective: Objective
+    criterion: Criterion
+    micro_size: int
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.build.mesh
+
+    def evaluate(self, batches: Sequence[Batch]) -> Evaluated:
+        """Sums over these micro-batches of every data rank, without dropout; all ranks must bring equally many."""
+        batches = [to_device(batch, self.mesh.device) for batch in batches]
+        totals = self._global(count_totals(batches, self.objective.heads))
+        self.criterion.start({name: 1.0 for name in totals}, accuracy=True)
+        with torch.no_grad():
+            self._evaluate(batches)
+        sums = self._global(self._measured(self.criterion.sums))
+        correct = self._global(self._measured(self.criterion.correct))
+        self.criterion.start({})
+        return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, correct)
+
+    def _measured(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the criterion kept, 0 on the stages where it did not run."""
+        return {head.name: float(values.get(head.name, 0.0)) for head in self.objective.heads}
+
+    def _global(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum numbers over the job, each data rank counted once (its last stage, first tensor rank)."""
+        speaks = self.mesh.last_stage and self.mesh.at.tensor == 0
+        local = torch.tensor([v if speaks else 0.0 for v in values.values()], dtype=torch.float64, device=self.mesh.device)
+        return dict(zip(values, self.mesh.sum(local).tolist(), strict=True))
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[Batch]) -> None: ...
+
+
+class Engine(Model):
+    """A model in training: an optimizer and DeepSpeed around it. Build one with `create_engine`."""
 
     def __init__(self, build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int) -> None:
-        self.build, self.mesh, self.objective, self.seed = build, build.mesh, objective, seed
-        self.accumulation = deepspeed["gradient_accumulation_steps"]
-        self.criterion = Criterion(objective, DataComm(self.mesh), self.accumulation * self.mesh.data_size)
+        self.build, self.objective, self.seed = build, objective, seed
+        self.micro_size = deepspeed["train_micro_batch_size_per_gpu"]
+        scale = deepspeed["gradient_accumulation_steps"] * self.mesh.data_size
+        self.criterion = Criterion(objective, DataComm(self.mesh), scale)
         quiet_deepspeed()
         with quiet_stdout():
             self.deepspeed = self._start(optimizer, deepspeed)
@@ -106,40 +152,25 @@ class Engine(ABC):
             group["lr"] = lr
         self.mesh.seed(self.seed, number)
         batches = [to_device(batch, self.mesh.device) for batch in batches]
-        totals = self._global(count_totals(batches, self.objective.heads))
+        totals = self._global({**count_totals(batches, self.objective.heads), "tokens": real_tokens(batches)})
+        tokens = int(totals.pop("tokens"))
         self.criterion.start(totals)
         norm = self._train(batches)
-        sums = self._global({name: float(value) for name, value in self.criterion.sums.items()})
+        sums = self._global(self._measured(self.criterion.sums))
         loss = weighted_mean(sums, totals, self.objective.heads)
-        return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps)
+        return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps, tokens)
 
-    def evaluate(self, batches: Sequence[Batch]) -> Evaluated:
-        """Sums over these micro-batches of every data rank, without dropout; all ranks must bring equally many."""
-        batches = [to_device(batch, self.mesh.device) for batch in batches]
-        totals = self._global(count_totals(batches, self.objective.heads))
-        self.criterion.start({name: 1.0 for name in totals}, accuracy=True)
-        with torch.no_grad():
-            self._evaluate(batches)
-        sums = self._global({name: float(value) for name, value in self.criterion.sums.items()})
-        correct = self._global({name: float(value) for name, value in self.criterion.correct.items()})
-        self.criterion.start({})
-        return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, correct)
-
-    def _global(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum per-head numbers over the job, each data rank counted once (its last stage, first tensor rank)."""
-        heads = [head.name for head in self.objective.heads]
-        speaks = self.mesh.last_stage and self.mesh.at.tensor == 0
-        local = torch.tensor([values.get(h, 0.0) * speaks for h in heads], dtype=torch.float64, device=self.mesh.device)
-        return dict(zip(heads, self.mesh.sum(local).tolist(), strict=True))
+    def compile(self) -> None:
+        """Compile each transformer layer on its own, so that one graph serves them all."""
+        for layer in self.module.modules():
+            if isinstance(layer, Block):
+                layer.compile(dynamic=False)
 
     @abstractmethod
     def _start(self, optimizer: OptimizerConfig, config: dict) -> Any: ...
 
     @abstractmethod
     def _train(self, batches: Sequence[Batch]) -> float | None: ...
-
-    @abstractmethod
-    def _evaluate(self, batches: Sequence[Batch]) -> None: ...
 
 
 class PlainEngine(Engine):

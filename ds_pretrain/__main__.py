@@ -1,0 +1,3 @@
+from ds_pretrain.cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""The command line: names things and prints, computes nothing.
+
+Every command runs the same by hand, under torchrun, deepspeed, srun or mpirun. A mistake of the user's ends with a message
+that says what to do, exit code 2 and nothing half-written; `train --debug` lets the traceback through instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields, parse_run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pre-training objectives for language models, under any DeepSpeed and megatron-core layout.\n\n"
+    "Start with: prepare a corpus, preview an objective on it, train a run, eval it, generate from it.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]
+Run = Annotated[str, typer.Argument(help="A run file, or the name of one in ds_configs/runs (see `list runs`).")]
+Output = Annotated[str, typer.Argument(help="The output folder of a run.")]
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet, each also .gz or .zst), datasets:NAME[:CONFIG[:SPLIT]], or `embedded`.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary to train, specials and sentinels included.")] = 8192,
+    kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
+    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
+    split: Annotated[str, typer.Option(help="Shares of train, validation and test.")] = "0.98,0.01,0.01",
+    text_field: Annotated[str, typer.Option(help="Field of the text in jsonl and parquet.")] = "text",
+) -> None:
+    """Text to a tokenizer and memory-mapped stores, split by document."""
+    from ds_pretrain.data.prepare import prepare as run
+
+    shares = tuple(float(share) for share in split.split(","))
+    run(sources, output, vocab_size=vocab_size, kind=kind, tokenizer=tokenizer, split=shares, text_field=text_field)  # type: ignore[arg-type]
+
+
+@app.command()
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    debug: Annotated[bool, typer.Option(help="One process, deterministic, anomaly detection, first batch previewed, full traceback.")] = False,
+) -> None:
+    """Train a run; in an existing output it continues from the newest sound checkpoint."""
+    config, dataset = _open_run(run, overrides)
+    if debug:
+        _debug(dataset, config)
+    trainer = make_trainer(config, dataset)
+    trainer.train()
+    if trainer.mesh.rank == 0 and trainer.output:
+        _draw(trainer.output)
+        out.print(f"trained to step {trainer.step}: {trainer.output}  (next: ds-pretrain eval {trainer.output})")
+
+
+@app.command(name="eval")
+def evaluate(
+    output: Output,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens of whole documents.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Also score a unigram and a bigram model of the same train split.")] = False,
+) -> None:
+    """Score the newest checkpoint of a run: perplexity per token and word, bits per byte; masked loss and accuracy."""
+    import json
+
+    from ds_pretrain.evaluation import ngram, perplexity, report
+
+    model, dataset = _load(output)
+    part = dataset.split(split)
+    scores = perplexity.evaluate(model, part, max_tokens)
+    rows = [(f"{model.objective.name} at step {model.snapshot.manifest['step']}", scores)]
+    if baselines:
+        rows += ngram.baselines(dataset, part, max_tokens)
+    if model.mesh.rank == 0:
+        out.print(report.table(rows, model.objective.kind, title=f"{output}, {split} split"))
+        found = {name: score.as_metrics(model.objective.kind) for name, score in rows}
+        (Path(output) / f"eval-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        _draw(Path(output))
+
+
+@app.command()
+def generate(
+    output: Output,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep so many candidates; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+) -> None:
+    """Continue a text with the newest checkpoint of a causal run."""
+    from ds_pretrain.evaluation.generate import generate as run
+
+    model, dataset = _load(output)
+    tokenizer, vocab = dataset.tokenizer, dataset.vocab
+    ids = run(
+        model, tokenizer.encode(prompt).tolist(), vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed
+    )
+    text = tokenizer.decode(list(ids))
+    if model.mesh.rank == 0:
+        out.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}")
+
+
+@app.command()
+def preview(
+    run: Run,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows of the batch to show.")] = 2,
+    png: Annotated[str | None, typer.Option(help="Also draw the attention pattern here.")] = None,
+) -> None:
+    """Show the first batch of a run as text: inputs, labels, weights, documents and the attention pattern."""
+    _, dataset = _open_run(run, overrides)
+    _preview(dataset, rows, png)
+
+
+@app.command()
+def plan(
+    run: Run,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(help="Ranks to plan for.")] = 1,
+) -> None:
+    """Who sits where, parameters, memory and batch arithmetic for any number of ranks; needs no GPU."""
+    from ds_pretrain.planning import tables
+
+    config = load_run(run, overrides or [])
+    _refuse(run, config.check(world))
+    for table in tables(config, world, _tokenizer_size(config)):
+        out.print(table)
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="objectives, presets, runs or deepspeed; all if left out.")] = "") -> None:
+    """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations."""
+    from ds_pretrain.core.registry import unknown
+    from ds_pretrain.models.config import ModelConfig
+    from ds_pretrain.models.presets import PRESETS
+    from ds_pretrain.objectives import REGISTRY
+
+    sections: dict[str, list[tuple[str, str]]] = {
+        "objectives": [(name, ", ".join(objective_fields(name))) for name in REGISTRY],
+        "presets": [(name, _preset_line(ModelConfig(preset=name, vocab=50257))) for name in PRESETS],
+        "runs": [(path.stem, _first_comment(path)) for path in sorted((configs() / "runs").glob("*.yaml"))],
+        "deepspeed": [(path.name, "") for path in sorted((configs() / "deepspeed").glob("*.json"))],
+    }
+    if what and what not in sections:
+        raise ValueError(unknown("list", what, sections))
+    for title in [what] if what else sections:
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for row in sections[title]:
+            table.add_row(*row)
+        out.print(table)
+
+
+@app.command()
+def parity(
+    world: Annotated[str, typer.Option(help="World sizes to start here, comma-separated; under a launcher its own.")] = "1,2,4",
+    objectives: Annotated[str, typer.Option(help="Objectives to run.")] = "clm,mlm",
+    steps: Annotated[int, typer.Option(help="Steps of each case.")] = 20,
+    output: Annotated[str | None, typer.Option("--out", help="Also write the table here (Markdown).")] = None,
+) -> None:
+    """Train the same model under every layout and print its distance from a plain PyTorch reference."""
+    from ds_pretrain.training import parity as check
+
+    results = check.run([int(size) for size in world.split(",")], objectives.split(","), steps)
+    if results is None:
+        return
+    out.print(check.table(results))
+    if output:
+        Path(output).write_text(check.markdown(results), encoding="utf-8")
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def make_trainer(config: RunConfig, dataset: Any) -> Any:
+    """The trainer that a run file describes."""
+    from ds_pretrain.training.trainer import PreTrainer
+
+    t = config.train
+    return PreTrainer(
+        model=config.model,
+        objective=dataset.objective,
+        dataset=dataset,
+        plan=config.parallel.plan(),
+        batch_size=config.batch.global_size,
+        micro_batch_size=config.batch.micro_size,
+        max_steps=t.max_steps,
+        optimizer=config.optimizer,
+        deepspeed=config.deepspeed_json(),
+        eval_every=t.eval_every,
+        eval_tokens=t.eval_tokens,
+        save_every=t.save_every,
+        keep=t.keep,
+        log_every=t.log_every,
+        activation_checkpointing=t.activation_checkpointing,
+        compile=t.compile,
+        output=config.output,
+        seed=config.seed,
+        facts=config.model_dump(mode="json"),
+    )
+
+
+def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
+    """The run and its training data; everything that is wrong with either in one error."""
+    from ds_pretrain.data.dataset import PretrainingDataset
+    from ds_pretrain.data.tokenizer import TextTokenizer
+    from ds_pretrain.parallel.mesh import place
+
+    config = load_run(run, overrides or [])
+    problems = config.check(place().world, _tokenizer_size(config))
+    if not (Path(config.data.path) / "train.idx").is_file():
+        problems.append(f"data.path {config.data.path} holds no prepared data: make it with ds-pretrain prepare TEXT -o {config.data.path}")
+    _refuse(run, problems)
+    tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    try:
+        dataset = PretrainingDataset(
+            config.data.path, tokenizer, config.batch.seq_len, config.make_objective(), "train", config.seed
+        )
+    except ValueError as error:
+        raise ConfigError(run, str(error).split("; ")) from error
+    return config, dataset
+
+
+def _tokenizer_size(config: RunConfig) -> int | None:
+    from ds_pretrain.data.tokenizer import TextTokenizer
+
+    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+    return len(TextTokenizer.load(folder)) if folder.exists() else None
+
+
+def _refuse(run: str, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(run, problems)
+
+
+def _load(output: str) -> tuple[Any, Any]:
+    """A finished run's model and its dataset."""
+    import yaml
+
+    from ds_pretrain.data.dataset import PretrainingDataset
+    from ds_pretrain.data.tokenizer import TextTokenizer
+    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.parallel.plan import ParallelPlan
+    from ds_pretrain.training.inference import FrozenModel
+
+    path = Path(output) / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained")
+    config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    objective = config.make_objective()
+    tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    dataset = PretrainingDataset(config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed)
+    return FrozenModel(output, objective, ParallelPlan(tensor=place().world)), dataset
+
+
+def _debug(dataset: Any, config: RunConfig) -> None:
+    import torch
+
+    from ds_pretrain.parallel.mesh import place
+
+    if place().world != 1:
+        raise ValueError(f"--debug is for one process, this job has {place().world}: start it without a launcher")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.autograd.set_detect_anomaly(True)
+    _preview(dataset, 1, None)
+    out.print(f"debug: {config.train.max_steps} steps; step in with  python -m pdb -m ds_pretrain train ... --debug")
+
+
+def _preview(dataset: Any, rows: int, png: str | None) -> None:
+    from ds_pretrain.data.dataset import Cursor
+    from ds_pretrain.data.preview import attention_png
+    from ds_pretrain.data.preview import preview as render
+
+    taken, _ = dataset.rows(Cursor(), rows)
+    batch = dataset.collate(taken)
+    out.print(render(batch, dataset.vocab, dataset.tokenizer.token, rows))
+    if png:
+        attention_png(batch, Path(png))
+        out.print(f"attention pattern: {png}")
+
+
+def _draw(output: Path) -> None:
+    """The learning curve of a run, with the baselines of its last evaluation."""
+    import json
+
+    from ds_pretrain.evaluation.plots import learning_curve
+
+    (output / "plots").mkdir(exist_ok=True)
+    lines: dict[str, float] = {}
+    for file in sorted(output.glob("eval-*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        lines |= {name: score["loss"] for name, score in found.items() if " at step " not in name}
+    learning_curve(output / "metrics.jsonl", output / "plots" / "learning_curve.png", lines)
+
+
+def _preset_line(model: Any) -> str:
+    return f"{model.count_parameters() / 1e6:,.0f}M parameters at 50,257 ids: {model.layers} layers, {model.hidden} wide, {model.heads} heads"
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def main() -> None:
+    """Run a command; user mistakes end with a message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    try:
+        app()
+    except (ValueError, ArithmeticError) as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error[/bold red] {escape(str(error))}")
+        sys.exit(2 if isinstance(error, ValueError) else 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The run file: YAML plus `a.b=c` overrides, checked as a whole before a device is asked for.
+
+Every error is found in one go and told with its numbers and its fix. DeepSpeed's JSON stays DeepSpeed's JSON: it decides
+stage, precision and offload, and the values it marks "auto" are filled in from the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ds_pretrain.core.registry import unknown
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import REGISTRY, Objective, create
+from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.training.optimizer import OptimizerConfig
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a run, one line each."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{where}: {len(self.problems)} problem{'s' * (len(self.problems) > 1)}\n{lines}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """What to read."""
+
+    path: str
+    """Folder that `ds-pretrain prepare` wrote."""
+    tokenizer: str | None = None
+    """Tokenizer folder; None: the one in `path`."""
+
+
+class BatchConfig(_Section):
+    """How much of it makes a step."""
+
+    global_size: int = Field(32, ge=1)
+    """Rows of one step, over all data ranks and micro-batches."""
+    micro_size: int | None = Field(None, ge=1)
+    """Rows of one micro-batch; None: a data rank's rows in one."""
+    seq_len: int = Field(256, ge=8)
+    """Positions of a row."""
+
+
+class ParallelConfig(_Section):
+    """The layout; ranks that are left over are data parallel."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    sequence: bool = False
+    """Divide activations over the tensor ranks along the sequence."""
+
+    def plan(self) -> ParallelPlan:
+        return ParallelPlan(tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence)
+
+
+class DeepSpeedConfig(_Section):
+    """Which engine regime."""
+
+    config: str = "zero1_fp32.json"
+    """DeepSpeed JSON: a path, or a name in ds_configs/deepspeed."""
+
+
+class TrainConfig(_Section):
+    """How long, and what is kept on the way."""
+
+    max_steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    eval_every: int = Field(0, ge=0)
+    """Evaluate on the validation split every so many steps; 0: never."""
+    eval_tokens: int | None = Field(1 << 20, ge=1)
+    """Tokens of one evaluation at most (whole documents); None: the whole split."""
+    save_every: int = Field(0, ge=0)
+    """Checkpoint every so many steps; 0: only at the end."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints to keep."""
+    log_every: int = Field(1, ge=1)
+    """Write a metrics line every so many steps."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each transformer layer (needs a compiler)."""
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    objective: dict[str, Any] = {"name": "clm"}
+    """`name` and the objective's own fields."""
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    train: TrainConfig = TrainConfig()
+    output: str = "runs/default"
+    """Folder of run.yaml, metrics.jsonl, checkpoints/ and plots/."""
+    seed: int = Field(0, ge=0)
+    """Of weights, order, masks and dropout."""
+
+    def make_objective(self) -> Objective:
+        return create(**self.objective)
+
+    def check(self, world: int, vocab_size: int | None = None) -> list[str]:
+        """Every contradiction between the fields for a job of `world` ranks, with numbers and fixes."""
+        return [
+            *self.model.problems(),
+            *self._check_objective(),
+            *self._check_layout(world),
+            *self._check_engine(),
+            *self._check_sizes(vocab_size),
+        ]
+
+    def _check_objective(self) -> Iterator[str]:
+        try:
+            objective = self.make_objective()
+        except (ValueError, TypeError) as error:
+            yield f"objective: {error}"
+            return
+        if self.model.norm_position == "post" and objective.kind == "causal":
+            yield (
+                f"model.norm_position post (BERT) is an encoder's, objective {objective.name} is causal: use a gpt or llama "
+                "preset, or model.norm_position=pre"
+            )
+
+    def _check_layout(self, world: int) -> Iterator[str]:
+        p, m, b = self.parallel, self.model, self.batch
+        for name, count in (("heads", m.heads), ("kv_heads", m.groups), ("ffn", m.ffn_width)):
+            if count % p.tensor:
+                yield f"model.{name} {count} is not divisible by parallel.tensor {p.tensor}: {_divisors(count, world)}"
+        if m.layers < p.pipeline:
+            yield f"model.layers {m.layers} is less than parallel.pipeline {p.pipeline}: use at most {m.layers} stages"
+        if p.sequence and p.tensor == 1:
+            yield "parallel.sequence needs parallel.tensor above 1: turn it off, or raise parallel.tensor"
+        if p.sequence and b.seq_len % p.tensor:
+            yield f"batch.seq_len {b.seq_len} is not divisible by parallel.tensor {p.tensor} for parallel.sequence"
+        if world % (p.tensor * p.pipeline):
+            need = p.tensor * p.pipeline
+            yield f"{world} ranks are not a multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = {need}"
+            return
+        data = world // (p.tensor * p.pipeline)
+        unit = data * (b.micro_size or 1)
+        if b.global_size % unit:
+            yield (
+                f"batch.global_size {b.global_size} is not divisible by {data} data ranks x batch.micro_size "
+                f"{b.micro_size or 1} = {unit}: use {max(1, round(b.global_size / unit)) * unit}"
+            )
+
+    def _check_engine(self) -> Iterator[str]:
+        try:
+            config = self.deepspeed_json()
+        except ValueError as error:
+            yield str(error)
+            return
+        stage, pipeline = stage_of(config), self.parallel.pipeline
+        half = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")]
+        if stage >= 2 and pipeline > 1:
+            yield f"ZeRO stage {stage} does not run with parallel.pipeline {pipeline}: use a stage 1 JSON, or no pipeline"
+        if stage == 0 and pipeline > 1:
+            yield (
+                f"ZeRO stage 0 with parallel.pipeline {pipeline} leaves parameters out of the gradient norm: use a stage 1 "
+                "JSON (zero1_fp32.json)"
+            )
+        if stage == 0 and half:
+            yield f"{half[0]} with ZeRO stage 0 counts Adam's steps wrongly: use a stage 1 JSON (zero1_{half[0]}.json)"
+        if config.get("zero_optimization", {}).get("round_robin_gradients"):
+            yield "zero_optimization.round_robin_gradients breaks checkpoints silently: set it to false"
+        if "fp16" in half and not _cuda():
+            yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
+
+    def _check_sizes(self, vocab_size: int | None) -> Iterator[str]:
+        if self.model.positions and self.model.position == "learned" and self.batch.seq_len > self.model.positions:
+            yield f"batch.seq_len {self.batch.seq_len} is longer than model.positions {self.model.positions}: lower one or raise the other"
+        if vocab_size and self.model.vocab and self.model.vocab != vocab_size:
+            yield f"model.vocab {self.model.vocab} differs from the tokenizer's {vocab_size}: leave model.vocab out, or set it to {vocab_size}"
+        if self.optimizer.warmup_steps >= self.train.max_steps:
+            yield f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.max_steps {self.train.max_steps}: lower it"
+        if self.optimizer.min_lr > self.optimizer.lr:
+            yield f"optimizer.min_lr {self.optimizer.min_lr} is above optimizer.lr {self.optimizer.lr}: lower it"
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """The DeepSpeed configuration as it stands in its file. ValueError naming the file if it is none."""
+        path = find(self.deepspeed.config, "deepspeed", ".json")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed.config {path}: not readable as JSON ({error})") from error
+        return {key: value for key, value in config.items() if value != "auto"}
+
+
+def stage_of(deepspeed: Mapping[str, Any]) -> int:
+    return int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def find(name: str, kind: str, suffix: str) -> Path:
+    """A file by path, or by name among those that come with the project (`ds_configs/KIND`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = configs() / kind
+    for candidate in (shipped / name, shipped / f"{name}{suffix}"):
+        if candidate.is_file():
+            return candidate
+    if path.parent != Path("."):
+        raise ValueError(f"{path}: no such file")
+    raise ValueError(unknown(f"{kind.removesuffix('s')} configuration", name, (p.stem for p in shipped.glob(f"*{suffix}"))))
+
+
+def configs() -> Path:
+    """The folder of shipped configurations: beside the package in a checkout, inside it when installed."""
+    package = Path(str(resources.files("ds_pretrain")))
+    beside = package.parent / "ds_configs"
+    return beside if beside.is_dir() else package / "ds_configs"
+
+
+def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run file (path or shipped name) with overrides. ConfigError lists everything that does not parse."""
+    path = find(name, "runs", ".yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), ["a run file is a mapping of sections (model, objective, data, ...)"])
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise ConfigError(str(path), [f"override {override!r} must look like section.key=value"])
+        _set(values, key.split("."), yaml.safe_load(text) if text else "")
+    return parse_run(_numbers(values), str(path))
+
+
+def parse_run(values: Mapping[str, Any], where: str = "run") -> RunConfig:
+    """Values as a RunConfig; ConfigError with all errors, misspelt keys with the nearest one."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(where, [_explain(dict(e)) for e in error.errors()]) from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        name = f"key in {'.'.join(map(str, error['loc'][:-1]))}" if error["loc"][:-1] else "section"
+        return unknown(name, str(error["loc"][-1]), section.model_fields)
+    if error["type"] == "missing":
+        return f"{place} is required"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; make numbers of such text."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _divisors(count: int, limit: int) -> str:
+    fits = [str(n) for n in range(1, min(count, max(limit, 8)) + 1) if count % n == 0]
+    return f"use {', '.join(fits)}"
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def objective_fields(name: str) -> list[str]:
+    """The fields of an objective, as `objective.FIELD` in a run file."""
+    return [f.name for f in dataclass_fields(REGISTRY[name])]

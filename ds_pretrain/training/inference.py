@@ -1,0 +1,62 @@
+"""A trained model without its optimizer: weights from a checkpoint of any layout, on one device or on tensor ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_pretrain.core.attention import AttentionPattern
+from ds_pretrain.core.batch import Batch
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.models.transformer import Build, Network
+from ds_pretrain.objectives.base import Objective
+from ds_pretrain.parallel.comm import DataComm
+from ds_pretrain.parallel.mesh import Mesh
+from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.shards import shards
+from ds_pretrain.training.checkpoint import Snapshot, newest
+from ds_pretrain.training.engine import Criterion, Model, to_device
+
+
+class FrozenModel(Model):
+    """The newest sound checkpoint below `output`, fp32, for evaluation and generation."""
+
+    micro_size = 8
+
+    def __init__(self, output: str | Path, objective: Objective, plan: ParallelPlan = ParallelPlan()) -> None:
+        if plan.pipeline > 1:
+            raise ValueError(f"a model is loaded without a pipeline, not on {plan.pipeline} stages: set parallel.pipeline=1")
+        mesh = Mesh.build(plan)
+        folder = Path(output) / "checkpoints"
+        path = newest(folder, mesh.rank, mesh.world)
+        if path is None:
+            raise ValueError(f"no sound checkpoint in {folder}: train the run first")
+        self.snapshot = Snapshot(path)
+        shape = ModelConfig(**self.snapshot.manifest["model"])
+        self.build, self.objective = Build(shape, mesh, objective.kind, shape.positions or 0), objective
+        self.criterion = Criterion(objective, DataComm(mesh), 1.0)
+        self.network = Network(self.build).to(mesh.device).eval()
+        self._load()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits [B, V] after each row of ids [B, S]."""
+        tokens = tokens.to(self.mesh.device)
+        segment = torch.ones_like(tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
+        batch = Batch(tokens, position, AttentionPattern.causal(segment), {})
+        last = position == tokens.shape[1] - 1
+        with torch.no_grad():
+            return self.network(batch, lambda answers, _: answers.logits(last))
+
+    def _evaluate(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            self.network(to_device(batch, self.mesh.device), self.criterion)
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        for shard, parameter in shards(self.network, self.mesh.at.tensor, self.mesh.plan.tensor):
+            rows = parameter.shape[shard.dim] if shard.dim is not None else 0
+            parameter.copy_(shard.take(self.snapshot.whole(shard.name), rows))

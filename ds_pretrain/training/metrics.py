@@ -1,0 +1,71 @@
+"""What a run says about itself: one JSON object per line, and a progress bar for whoever watches.
+
+Only rank 0 writes. A line is flushed whole; a reader skips a last line that a kill cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_pretrain.core.batch import Batch
+from ds_pretrain.models.config import ModelConfig
+
+PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+"""Dense bf16 peak by device name, FLOP/s (NVIDIA data sheets)."""
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`; does nothing on other ranks."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a", encoding="utf-8") if path else None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def real_tokens(batches: Sequence[Batch]) -> int:
+    """Positions that are not padding."""
+    return sum(int((batch.attention.segment != 0).sum()) for batch in batches)
+
+
+def attended_pairs(batches: Sequence[Batch]) -> float:
+    """(query, key) pairs that the masks let through: sums over documents, not over rows."""
+    return float(sum(_pairs(batch) for batch in batches))
+
+
+def _pairs(batch: Batch) -> int:
+    real = batch.attention.segment != 0
+    position = batch.position[real]
+    if batch.attention.kind == "causal":
+        return int((position + 1).sum())
+    if batch.attention.kind == "full":  # sum over a document of (2 p + 1) is its length squared
+        return int((2 * position + 1).sum())
+    index = torch.arange(batch.inputs.shape[1], device=real.device).expand_as(real)[real]
+    return int((batch.attention.horizon[real] - (index - position) + 1).sum())
+
+
+def mfu(model: ModelConfig, attended: float, tokens: int, scored: int, seconds: float, devices: int) -> float | None:
+    """Model FLOP utilisation of one step; None where the device's peak is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return model.flops(attended, tokens, scored) / seconds / (peak * devices) if peak else None

@@ -1,0 +1,229 @@
+"""A run: from a dataset, a model and an objective to checkpoints, metrics and a learning curve.
+
+The loop holds no state of its own: the step number and the data cursor say everything, so a run that finds a checkpoint in
+its output continues from it exactly where it stopped, and a run that finds itself finished does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ds_pretrain.core.batch import Batch
+from ds_pretrain.data.dataset import Cursor, PretrainingDataset
+from ds_pretrain.data.loader import Loader, check_sizes
+from ds_pretrain.evaluation.perplexity import evaluate
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.models.transformer import Build
+from ds_pretrain.objectives.base import Objective
+from ds_pretrain.parallel.mesh import Mesh, start
+from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.training import checkpoint, state
+from ds_pretrain.training.engine import Engine, StepResult, create_engine
+from ds_pretrain.training.metrics import MetricsLog, attended_pairs, mfu, real_tokens
+from ds_pretrain.training.optimizer import OptimizerConfig
+
+log = logging.getLogger(__name__)
+
+ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+"""DeepSpeed's configuration when none is given: fp32, optimizer states divided over the data ranks."""
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient is not a number any more."""
+
+
+class PreTrainer:
+    """Trains `model` for `objective` on `dataset`.
+
+    model: a description; weights appear on the mesh, as `trainer.model` (the running engine). batch_size: rows of a step over
+    all data ranks; micro_batch_size: rows of one micro-batch, all of a data rank's rows if None. deepspeed: a DeepSpeed JSON;
+    batch sizes, clipping and "auto" values are filled in from here. output: folder of checkpoints, metrics and plots; None
+    keeps nothing. facts: saved as run.yaml. Everything that is wrong is raised as one ValueError before anything starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        objective: Objective,
+        dataset: PretrainingDataset,
+        plan: ParallelPlan = ParallelPlan(),
+        batch_size: int = 32,
+        micro_batch_size: int | None = None,
+        learning_rate: float | None = None,
+        max_steps: int = 1000,
+        optimizer: OptimizerConfig | None = None,
+        deepspeed: Mapping[str, Any] = ZERO_1,
+        eval_every: int = 0,
+        eval_tokens: int | None = 1 << 20,
+        save_every: int = 0,
+        keep: int = 2,
+        log_every: int = 1,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        output: str | Path | None = None,
+        seed: int = 0,
+        facts: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        where = start()
+        data_size = plan.data(where.world)
+        micro_batch_size = micro_batch_size or max(1, batch_size // data_size)
+        check_sizes(batch_size, micro_batch_size, data_size)
+        if dataset.objective != objective:
+            raise ValueError(f"the dataset was made for {dataset.objective}, the trainer is given {objective}")
+        self.dataset, self.objective, self.plan = dataset, objective, plan
+        self.batch_size, self.micro_batch_size, self.max_steps = batch_size, micro_batch_size, max_steps
+        self.eval_every, self.eval_tokens, self.save_every = eval_every, eval_tokens, save_every
+        self.keep, self.log_every, self.seed = keep, log_every, seed
+        self.optimizer = optimizer or OptimizerConfig(lr=learning_rate or 3e-4)
+        self.output = Path(output) if output is not None else None
+        self.facts = dict(facts or {})
+        self.mesh = Mesh.build(plan)
+        self.shape = model.model_copy(
+            update={"vocab": model.vocab or dataset.vocab.size, "positions": model.positions or dataset.seq_len}
+        )
+        build = Build(self.shape, self.mesh, objective.kind, dataset.seq_len, activation_checkpointing)
+        accumulation = batch_size // (micro_batch_size * data_size)
+        config = _fill(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
+        self.model: Engine = create_engine(build, objective, self.optimizer, config, seed)
+        if compile:
+            self.model.compile()
+        self.progress = progress and self.mesh.rank == 0
+        self.step, self.tokens, self.cursor = 0, 0, Cursor()
+        if self.output:
+            self._open(self.output)
+
+    def train(self) -> StepResult | None:
+        """Run to `max_steps`; returns the last step's result (None if there was nothing left to do)."""
+        metrics = MetricsLog(self.output / "metrics.jsonl" if self.output and self.mesh.rank == 0 else None)
+        loader = Loader(
+            self.dataset, self.batch_size, self.micro_batch_size, self.mesh.at.data, self.mesh.data_size, self.cursor
+        )
+        result = None
+        with loader, self._bar() as bar:
+            task = bar.add_task(self.objective.name, total=self.max_steps, completed=self.step, shown="")
+            while self.step < self.max_steps:
+                result = self._one_step(loader, metrics)
+                bar.update(task, completed=self.step, shown=f"loss {result.loss:.4f}")
+                last = self.step == self.max_steps
+                if self.eval_every and (self.step % self.eval_every == 0 or last):
+                    metrics.write({"step": self.step, "tokens": self.tokens, **self.evaluate("validation")})
+                if self.output and (last or (self.save_every and self.step % self.save_every == 0)):
+                    self.save()
+        metrics.close()
+        return result
+
+    def evaluate(self, split: str, max_tokens: int | None = None) -> dict[str, Any]:
+        """Loss and what it means (perplexity and bits per byte, or accuracy) on another split of the dataset."""
+        scores = evaluate(self.model, self.dataset.split(split), max_tokens or self.eval_tokens)
+        return {"split": split, **scores.as_metrics(self.objective.kind)}
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step now (collective)."""
+        if self.output is None:
+            raise ValueError("this trainer has no output folder: give PreTrainer(output=...)")
+        facts = {
+            "model": self.shape.model_dump(),
+            "objective": self.objective.name,
+            "data": self.dataset.digest,
+            "cursor": list(self.cursor),
+            "tokens": self.tokens,
+            "adam_step": state.adam_step(self.model),
+            "skipped": self.model.deepspeed.skipped_steps,
+            "layout": str(self.plan),
+            "world": self.mesh.world,
+            "seed": self.seed,
+        }
+        return checkpoint.save(self.output / "checkpoints", self.model, self.step, facts, self.keep)
+
+    def _one_step(self, loader: Loader, metrics: MetricsLog) -> StepResult:
+        began = time.perf_counter()
+        batches, cursor = next(loader)
+        lr = self.optimizer.rate(self.step + 1, self.max_steps)
+        result = self.model.step(batches, self.step + 1, lr)
+        self.step, self.cursor = self.step + 1, cursor
+        self.tokens += result.tokens
+        if self.step % self.log_every == 0 or not result.finite:
+            metrics.write(self._line(result, batches, lr, time.perf_counter() - began))
+        if not result.finite:
+            raise DivergedError(
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing was saved after it; "
+                "continue from the last checkpoint with a lower optimizer.lr or a tighter optimizer.clip"
+            )
+        return result
+
+    def _line(self, result: StepResult, batches: list[Batch], lr: float, seconds: float) -> dict[str, Any]:
+        heads = {name: result.sums[name] / total for name, total in result.totals.items() if total}
+        line = {
+            "step": self.step,
+            "loss": result.loss,
+            **heads,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "target_tokens": sum(result.totals.values()),
+            "tokens": self.tokens,
+            "tokens_per_second": round(result.tokens / seconds, 1),
+            "skipped_steps": result.skipped,
+        }
+        scored = sum(int((t.weights != 0).sum()) for b in batches for t in b.targets.values())
+        share = mfu(self.shape, attended_pairs(batches), real_tokens(batches), scored, seconds, 1)
+        return line if share is None else {**line, "mfu": share / self.plan.tensor / self.plan.pipeline}
+
+    def _open(self, output: Path) -> None:
+        """Take over the output folder: continue from its newest sound checkpoint, or start it."""
+        found = checkpoint.newest(output / "checkpoints", self.mesh.rank, self.mesh.world)
+        if found:
+            self._resume(checkpoint.Snapshot(found))
+        elif self.mesh.rank == 0:
+            if checkpoint.steps(output / "checkpoints"):
+                raise ValueError(f"no checkpoint in {output / 'checkpoints'} is sound: move the folder away to start anew")
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "metrics.jsonl").unlink(missing_ok=True)
+        if self.mesh.rank == 0 and self.facts:
+            (output / "run.yaml").write_text(yaml.safe_dump(self.facts, sort_keys=False), encoding="utf-8")
+        self.mesh.barrier()
+
+    def _resume(self, snapshot: checkpoint.Snapshot) -> None:
+        m = snapshot.manifest
+        if (m["data"], m["objective"]) != (self.dataset.digest, self.objective.name):
+            raise ValueError(
+                f"{snapshot.path} was trained with {m['objective']} on data {m['data']}, this run has {self.objective.name} "
+                f"on {self.dataset.digest} (text, seq_len, seed and split count): use another output"
+            )
+        checkpoint.load(snapshot, self.model)
+        self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
+        if self.mesh.rank == 0:
+            log.warning("resuming from %s at step %d of %d", snapshot.path, self.step, self.max_steps)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=not self.progress,
+        )
+
+
+def _fill(deepspeed: Mapping[str, Any], rows: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the run owns; DeepSpeed itself would raise on "auto"."""
+    return {
+        **deepspeed,
+        "train_batch_size": rows,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+
