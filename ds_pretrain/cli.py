@@ -174,7 +174,7 @@ def parity(
     output: Annotated[str | None, typer.Option("--out", help="Also write the table here (Markdown).")] = None,
 ) -> None:
     """Train the same model under every layout and print its distance from a plain PyTorch reference."""
-    from ds_pretrain.training import parity as check
+    from ds_pretrain.evaluation import parity as check
 
     results = check.run([int(size) for size in world.split(",")], objectives.split(","), steps)
     if results is None:

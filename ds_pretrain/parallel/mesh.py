@@ -135,6 +135,12 @@ class Mesh:
         dist.all_reduce(values)
         return values
 
+    def agree(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def barrier(self) -> None:
         dist.barrier()
 
