@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 warnings.filterwarnings("ignore", module=r"megatron\..*|apex\..*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 __version__ = "0.1.0"
 
