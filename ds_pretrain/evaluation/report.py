@@ -1,0 +1,113 @@
+"""Scores and what may be called what: every figure says its denominator.
+
+A causal model's nats are those of the whole text, so they give a perplexity per token, one per word of the original
+text, and bits per byte; models with different tokenizers are compared by bits per byte only. The nats of any other model
+are those of the hidden tokens alone: a loss and an accuracy, never a perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from ds_pretrain.core.attention import Kind
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over an evaluation.
+
+    nats: summed negative log-likelihood. tokens: those scored. bytes, words: of the original text that was predicted.
+    accuracy: the share of the scored tokens that was the most probable one; None where nobody counted.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+    words: int
+    accuracy: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """Nats per scored token; not a number where none was scored."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: exp(nats / tokens)."""
+        return _exp(self.loss)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Per word of the original text: exp(nats / words)."""
+        return _exp(self.nats / self.words if self.words else math.nan)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Per byte of the original text: nats / (bytes * ln 2)."""
+        return self.nats / (self.bytes * math.log(2)) if self.bytes else math.nan
+
+    def as_metrics(self, kind: Kind) -> dict[str, float]:
+        """What may be reported of a model whose attention is of this kind; `perplexity` is the one per token."""
+        found = {"loss": self.loss, "tokens_scored": self.tokens}
+        if self.accuracy is not None:
+            found["accuracy"] = self.accuracy
+        if kind == "causal":
+            found |= {"perplexity": self.perplexity, "word_perplexity": self.word_perplexity}
+            found["bits_per_byte"] = self.bits_per_byte
+        return found
+
+
+COLUMNS = {
+    "loss": ("loss\n(nats/token)", "{:.4f}"),
+    "perplexity": ("perplexity\n(per token)", "{:,.2f}"),
+    "word_perplexity": ("perplexity\n(per word)", "{:,.2f}"),
+    "bits_per_byte": ("bits\nper byte", "{:.4f}"),
+    "accuracy": ("accuracy\n(per token)", "{:.2%}"),
+    "tokens_scored": ("tokens\nscored", "{:,}"),
+}
+"""Metric to heading and format, in the order of the table."""
+
+
+def table(rows: Sequence[tuple[str, Scores]], kind: Kind, title: str | None = None) -> Table:
+    """Named scores side by side, for people; the best value of each column is bold."""
+    found = [scores.as_metrics(kind) for _, scores in rows]
+    shown = [key for key in COLUMNS if any(key in metrics for metrics in found)]
+    view = Table(title=title and escape(title), caption=_caption(rows, kind))
+    view.title_justify = view.caption_justify = "left"
+    view.add_column("model")
+    for key in shown:
+        view.add_column(COLUMNS[key][0], justify="right")
+    best = {key: _best([metrics[key] for metrics in found if key in metrics], key) for key in shown}
+    for (name, _), metrics in zip(rows, found, strict=True):
+        view.add_row(escape(name), *(_cell(key, metrics.get(key), best[key]) for key in shown))
+    return view
+
+
+def _caption(rows: Sequence[tuple[str, Scores]], kind: Kind) -> str:
+    if kind != "causal":
+        return "only the tokens that the objective hides are scored: no perplexity"
+    texts = dict.fromkeys(f"{scores.bytes:,} bytes, {scores.words:,} words" for _, scores in rows)
+    return f"text predicted: {'; '.join(texts)}"
+
+
+def _best(values: Sequence[float], key: str) -> float | None:
+    if len(values) < 2 or key == "tokens_scored":
+        return None
+    return max(values) if key == "accuracy" else min(values)
+
+
+def _cell(key: str, value: float | None, best: float | None) -> str:
+    if value is None:
+        return "-"
+    text = COLUMNS[key][1].format(value)
+    return f"[bold]{text}[/bold]" if value == best else text
+
+
+def _exp(power: float) -> float:
+    """exp without the OverflowError that text of few words would raise at the start of a run."""
+    return math.exp(power) if not power > 700 else math.inf
