@@ -1,1 +1,1 @@
-"""What a trained model is worth: scores with their denominators, the bar it must clear, pictures, proofs of equality."""
+"""What a trained model is worth: scores and their denominators, the bar to clear, pictures, proofs of equality."""

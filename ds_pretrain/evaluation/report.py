@@ -1,8 +1,8 @@
 """Scores and what may be called what: every figure says its denominator.
 
 A causal model's nats are those of the whole text, so they give a perplexity per token, one per word of the original
-text, and bits per byte; models with different tokenizers are compared by bits per byte only. The nats of any other model
-are those of the hidden tokens alone: a loss and an accuracy, never a perplexity.
+text, and bits per byte; models with different tokenizers are compared by bits per byte only. The nats of any other
+model are those of the hidden tokens alone: a loss and an accuracy, never a perplexity.
 """
 
 from __future__ import annotations
