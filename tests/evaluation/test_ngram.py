@@ -98,6 +98,13 @@ def test_bigram_by_hand():
         assert model.probability(np.array([previous]), np.array([label])) == pytest.approx(expected)
 
 
+def test_the_lower_order_counts_contexts_not_tokens():
+    """b is frequent, but only after a: after anything else it is as likely as a token seen once."""
+    a, b, c = FIRST, FIRST + 1, FIRST + 2
+    model = Bigram.count(np.array([a, b, a, b, a, b, c, EOD]), SIZE, EOD)
+    assert model.probability(np.array([SIZE - 1] * 2), np.array([b, c])) == pytest.approx([2 / (5 + SIZE)] * 2)
+
+
 @pytest.mark.parametrize("seq_len", [8, 16, 1000])
 def test_every_token_is_scored_once_whatever_the_rows(corpus, seq_len):
     """The nats are those of walking through each document from its end-of-document id, cut or not."""

@@ -104,11 +104,13 @@ def test_the_heads_of_a_sum_are_drawn_beside_it(tmp_path):
 
 
 def test_names_at_the_edge_do_not_cover_each_other(metrics):
-    baselines = {f"model {i}": 3.1 + i / 1000 for i in range(6)}
-    texts = draw(History.read(metrics), "a run", baselines).axes[0].texts
-    heights = sorted(text.get_position()[1] for text in texts)
-    assert len(heights) == 8
-    assert np.diff(heights).min() > 0.05
+    for crowded in (3.1, 12):  # at the bottom and at the top
+        baselines = {f"model {i}": crowded + i / 1000 for i in range(6)}
+        texts = draw(History.read(metrics), "a run", baselines).axes[0].texts
+        heights = sorted(text.get_position()[1] for text in texts)
+        assert len(heights) == 8
+        assert np.diff(heights).min() > 0.05
+        assert 0 <= heights[0] < heights[-1] <= 1
 
 
 def test_a_spike_does_not_press_the_curve_to_the_floor(tmp_path):
