@@ -40,7 +40,7 @@ LAYOUTS = {
 ACCUMULATION = (1, 4)
 ROWS, SEQ_LEN, VOCAB, LR, SEED = 8, 32, 509, 1e-3, 11
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-6, 1e-5
-_SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "ffn": 128, "vocab": VOCAB, "positions": SEQ_LEN}
+_SHAPE = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 128, "vocab": VOCAB, "positions": SEQ_LEN}
 CAUSAL = ModelConfig(**_SHAPE, kv_heads=2, norm="rmsnorm", activation="swiglu", position="rope", bias=False, tie_embeddings=False)
 MASKED = ModelConfig(**_SHAPE, norm_position="post", activation="gelu", token_types=2, head_transform=True)
 
