@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_pretrain.core.attention import AttentionPattern, Kind, Span
-
-_LOWERED = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,32 @@ class Lowered:
         return len(self.spans) == rows and all(s.stop - s.start == length for s in self.spans)
 
 
+class _Memory(NamedTuple):
+    """What `lower` was asked last, and its answer."""
+
+    planes: tuple[Tensor, ...]
+    shape: tuple[Any, ...]
+    lowered: Lowered
+
+
+_LAST: _Memory | None = None
+
+
 def lower(segment: Tensor, horizon: Tensor, position: Tensor, kind: Kind, head_dim: int, base: float | None) -> Lowered:
     """The lowered pattern of a micro-batch; `base` is the rotary base, None without rotary positions.
 
-    Remembered by the identity of the `segment` tensor, which the layers of a stage hand on unchanged.
+    The last one is remembered, by the identity of its planes, which the layers of a stage hand on unchanged. Only the
+    last: whatever is remembered keeps its planes and rotary tables alive.
     """
-    if segment not in _LOWERED:
+    global _LAST
+    planes, shape = (segment, horizon, position), (kind, head_dim, base)
+    if _LAST is None or shape != _LAST.shape or any(a is not b for a, b in zip(planes, _LAST.planes, strict=True)):
         pattern = AttentionPattern(segment, horizon, kind)
         cuda = segment.is_cuda
         rotary = None if base is None else rotary_table(position, head_dim, base)
-        _LOWERED[segment] = Lowered(
-            pattern, [] if cuda else pattern.spans(), rotary, _block_mask(pattern) if cuda else None
-        )
-    return _LOWERED[segment]
+        block_mask = _block_mask(pattern) if cuda else None
+        _LAST = _Memory(planes, shape, Lowered(pattern, [] if cuda else pattern.spans(), rotary, block_mask))
+    return _LAST.lowered
 
 
 def rotary_table(position: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -114,10 +124,13 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, lowered: Lowered, dropout: floa
     if lowered.single:
         return _document(q, k, v, lowered.pattern, Span(0, 0, q.shape[2]), dropout)
     rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
+    ends = [0] * q.shape[0]
     for span in lowered.spans:
         here = (slice(span.row, span.row + 1), slice(None), slice(span.start, span.stop))
+        rows[span.row].append(_zeros(q, span.start - ends[span.row]))
         rows[span.row].append(_document(q[here], k[here], v[here], lowered.pattern, span, dropout))
-    return torch.cat([_padded(parts, q) for parts in rows])
+        ends[span.row] = span.stop
+    return torch.cat([torch.cat([*row, _zeros(q, q.shape[2] - end)], 2) for row, end in zip(rows, ends, strict=True)])
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, span: Span, dropout: float) -> Tensor:
@@ -132,11 +145,9 @@ def _document(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, span: 
     )
 
 
-def _padded(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Documents of one row side by side (they are contiguous from the left), zeros behind them."""
-    missing = like.shape[2] - sum(part.shape[2] for part in parts)
-    zeros = like.new_zeros(1, like.shape[1], missing, like.shape[3])
-    return torch.cat([*parts, zeros], 2)
+def _zeros(like: Tensor, length: int) -> Tensor:
+    """What padding of that length gives in one row."""
+    return like.new_zeros(1, like.shape[1], length, like.shape[3])
 
 
 @functools.cache
