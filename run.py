@@ -26,7 +26,7 @@ def main():
     commands = {"quickstart": quickstart, "test": test}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked it)
         sys.exit("ds_pretrain needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
     commands[sys.argv[1]](sys.argv[2:])
 
@@ -37,15 +37,18 @@ def quickstart(arguments):
     warm = install("")
     installed = time.time()
     data = ROOT / "data" / "embedded"
-    tool("prepare", "embedded", "-o", data, "--split", "0.96,0.02,0.02")
+    tool("prepare", "embedded", "-o", data, "--split", "0.96,0.02,0.02", "--vocab-size", "4096")
     tool("train", "quickstart", *arguments)
     output = next((Path(a.partition("=")[2]) for a in arguments if a.startswith("output=")), RUN)
     tool("eval", output, "--split", "validation", "--baselines")
     for prompt in ("HAMLET.\nTo be, or not to be", "def main(arguments):\n"):
         tool("generate", output, "--prompt", prompt, "--tokens", "80")
     print("\nlearning curve: {}".format(output / "plots" / "learning_curve.png"))
-    print("{} start: {:.0f} s to install, {:.0f} s for the rest".format(
-        "warm" if warm else "cold", installed - started, time.time() - installed))
+    print(
+        "{} start: {:.0f} s to install, {:.0f} s for the rest".format(
+            "warm" if warm else "cold", installed - started, time.time() - installed
+        )
+    )
 
 
 def test(arguments):
@@ -55,7 +58,8 @@ def test(arguments):
     call("ruff", "format", "--check", ".")
     call("mypy")
     if arguments:
-        return call("pytest", *arguments)
+        call("pytest", *arguments)
+        return
     call("coverage", "erase")
     call("coverage", "run", "-m", "pytest", "--durations=8")
     call("coverage", "combine", "--quiet")
@@ -74,11 +78,18 @@ def install(extra):
     except ImportError:
         sys.exit("this Python has no venv module: on Debian or Ubuntu install the package python3-venv")
     if not (VENV / "bin" / "python").exists():
-        print("making {}".format(VENV), flush=True)
+        print(f"making {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
-    target = "{}[{}]".format(ROOT, extra) if extra else str(ROOT)
+    target = f"{ROOT}[{extra}]" if extra else str(ROOT)
     print("installing (a minute or two the first time)", flush=True)
-    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", *shlex.split(os.environ.get("DS_PRETRAIN_PIP_ARGS", ""))]
+    pip = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *shlex.split(os.environ.get("DS_PRETRAIN_PIP_ARGS", "")),
+    ]
     call("python", *pip, *torch_first())
     call("python", *pip, "-e", target)
     extras = sorted({extra, *(done[1:] if done and done[0] == state else [])} - {""})
@@ -92,13 +103,17 @@ def torch_first():
 
 
 def tool(*arguments):
-    print("\n$ ds-pretrain {}".format(shlex.join(map(str, arguments))), flush=True)
+    print(f"\n$ ds-pretrain {shlex.join(map(str, arguments))}", flush=True)
     call("python", "-m", "ds_pretrain", *arguments)
 
 
 def call(program, *arguments):
     """Run a program of the virtual environment in the checkout; its failure is ours."""
-    environment = {**os.environ, "PATH": "{}:{}".format(VENV / "bin", os.environ.get("PATH", "")), "VIRTUAL_ENV": str(VENV)}
+    environment = {
+        **os.environ,
+        "PATH": "{}:{}".format(VENV / "bin", os.environ.get("PATH", "")),
+        "VIRTUAL_ENV": str(VENV),
+    }
     code = subprocess.run([str(VENV / "bin" / program), *map(str, arguments)], cwd=ROOT, env=environment).returncode
     if code:
         sys.exit(code)

@@ -36,7 +36,12 @@ Output = Annotated[str, typer.Argument(help="The output folder of a run.")]
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet, each also .gz or .zst), datasets:NAME[:CONFIG[:SPLIT]], or `embedded`.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files or folders (txt, jsonl, parquet, each also .gz or .zst), datasets:NAME[:CONFIG[:SPLIT]], or `embedded`."
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
     vocab_size: Annotated[int, typer.Option(help="Vocabulary to train, specials and sentinels included.")] = 8192,
     kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
@@ -55,7 +60,9 @@ def prepare(
 def train(
     run: Run,
     overrides: Overrides = None,
-    debug: Annotated[bool, typer.Option(help="One process, deterministic, anomaly detection, first batch previewed, full traceback.")] = False,
+    debug: Annotated[
+        bool, typer.Option(help="One process, deterministic, anomaly detection, first batch previewed, full traceback.")
+    ] = False,
 ) -> None:
     """Train a run; in an existing output it continues from the newest sound checkpoint."""
     config, dataset = _open_run(run, overrides)
@@ -108,9 +115,7 @@ def generate(
 
     model, dataset = _load(output)
     tokenizer, vocab = dataset.tokenizer, dataset.vocab
-    ids = run(
-        model, tokenizer.encode(prompt).tolist(), vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed
-    )
+    ids = run(model, tokenizer.encode(prompt).tolist(), vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed)
     text = tokenizer.decode(list(ids))
     if model.mesh.rank == 0:
         out.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}")
@@ -144,7 +149,9 @@ def plan(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="objectives, presets, runs or deepspeed; all if left out.")] = "") -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="objectives, presets, runs or deepspeed; all if left out.")] = "",
+) -> None:
     """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations."""
     from ds_pretrain.core.registry import unknown
     from ds_pretrain.models.config import ModelConfig
@@ -223,7 +230,9 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
     config = load_run(run, overrides or [])
     problems = config.check(place().world, _tokenizer_size(config))
     if not (Path(config.data.path) / "train.idx").is_file():
-        problems.append(f"data.path {config.data.path} holds no prepared data: make it with ds-pretrain prepare TEXT -o {config.data.path}")
+        problems.append(
+            f"data.path {config.data.path} holds no prepared data: make it with ds-pretrain prepare TEXT -o {config.data.path}"
+        )
     _refuse(run, problems)
     tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     try:

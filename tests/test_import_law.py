@@ -59,7 +59,18 @@ def test_libraries_stay_in_their_rooms(path):
 
 
 def test_core_needs_torch_and_numpy_only():
-    allowed = {"__future__", "torch", "numpy", "ds_pretrain", "collections", "dataclasses", "typing", "functools", "difflib", "hashlib"}
+    allowed = {
+        "__future__",
+        "torch",
+        "numpy",
+        "ds_pretrain",
+        "collections",
+        "dataclasses",
+        "typing",
+        "functools",
+        "difflib",
+        "hashlib",
+    }
     for path in FILES:
         if room(path) == "core":
             assert {name.split(".")[0] for name in imported(path)} <= allowed, path
@@ -70,7 +81,11 @@ def test_no_objective_is_named_where_layouts_live():
 
     for path in FILES:
         if room(path) in {"parallel", "models", "training"}:
-            words = {n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            words = {
+                n.value
+                for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
             assert not words & set(REGISTRY), path
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -31,8 +31,11 @@ class Document:
     before: int | None = None
 
 
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(Generic[Array]):
     """One head's supervision by position.
 
     labels: integer ids, [n] in an example and [B, S] in a batch; anything where the weight is 0.
@@ -40,12 +43,12 @@ class Target:
     total: what the step divides this head's summed loss by; the sum of the weights unless the objective says otherwise.
     """
 
-    labels: np.ndarray | Tensor
-    weights: np.ndarray | Tensor
+    labels: Array
+    weights: Array
     total: float
 
     @staticmethod
-    def of(labels: np.ndarray, weights: np.ndarray, total: float | None = None) -> Target:
+    def of(labels: np.ndarray, weights: np.ndarray, total: float | None = None) -> Target[np.ndarray]:
         return Target(labels, weights.astype(np.float32), float(weights.sum()) if total is None else float(total))
 
 
@@ -61,7 +64,7 @@ class Example:
 
     inputs: np.ndarray
     horizon: np.ndarray
-    targets: Mapping[str, Target]
+    targets: Mapping[str, Target[np.ndarray]]
     token_type: np.ndarray | None = None
 
 
@@ -72,7 +75,7 @@ class Batch:
     inputs: Tensor
     position: Tensor
     attention: AttentionPattern
-    targets: Mapping[str, Target]
+    targets: Mapping[str, Target[Tensor]]
     token_type: Tensor | None = None
 
 

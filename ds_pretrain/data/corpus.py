@@ -118,9 +118,7 @@ def list_files(source: str | Path) -> list[Path]:
         raise ValueError(f"no corpus at {path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(known))
     if not files or not files[0].name.endswith(known):
-        raise ValueError(
-            f"no corpus at {path}: expected files ending in {', '.join(SUFFIXES)}, alone or with .gz or .zst"
-        )
+        raise ValueError(f"no corpus at {path}: expected files ending in {', '.join(SUFFIXES)}, alone or with .gz or .zst")
     return files
 
 
@@ -281,9 +279,7 @@ def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_fi
         schema = table.schema_arrow
         if text_field not in schema.names:
             raise ValueError(f"{path}: {unknown('column', text_field, schema.names)}; name the one that holds the text")
-        if not (
-            pa.types.is_string(schema.field(text_field).type) or pa.types.is_large_string(schema.field(text_field).type)
-        ):
+        if not (pa.types.is_string(schema.field(text_field).type) or pa.types.is_large_string(schema.field(text_field).type)):
             raise ValueError(f"{path}: column {text_field!r} is {schema.field(text_field).type}, not text")
         row = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
@@ -304,16 +300,10 @@ def _dataset(spec: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]
         import datasets
 
         table = datasets.load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the library raises a dozen kinds, and a user needs one: what could not be loaded, and why
-        raise ValueError(
-            f"cannot load {spec} (datasets:NAME[:CONFIG[:SPLIT]]): {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # the library raises a dozen kinds, and a user needs one: what could not be loaded, and why
+        raise ValueError(f"cannot load {spec} (datasets:NAME[:CONFIG[:SPLIT]]): {type(error).__name__}: {error}") from error
     if text_field not in table.column_names:
-        raise ValueError(
-            f"{spec}: {unknown('column', text_field, table.column_names)}; name the one that holds the text"
-        )
+        raise ValueError(f"{spec}: {unknown('column', text_field, table.column_names)}; name the one that holds the text")
     for row, text in enumerate(table[text_field], start=1):
         if isinstance(text, str):
             yield from ledger.screen(text, spec, spec, row)

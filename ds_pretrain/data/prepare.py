@@ -64,9 +64,7 @@ class Report:
             counts = (f"{row[key]:,}" for key in ("documents", "tokens", "bytes"))
             table.add_row(name, *counts, f"{row['bytes'] / row['tokens']:.2f}")
         lost = ", ".join(f"{reason} {count}" for reason, count in self.quarantined.items())
-        table.caption = "\n".join(
-            [f"vocabulary {self.vocab_size:,}", *([f"quarantined: {lost}"] if lost else []), *self.notes]
-        )
+        table.caption = "\n".join([f"vocabulary {self.vocab_size:,}", *([f"quarantined: {lost}"] if lost else []), *self.notes])
         return table
 
 
@@ -166,9 +164,7 @@ class _Work:
         given.save(self.folder / "tokenizer")
         self.write(given, ledger, documents)
         splits = {name: Store(self.folder / name, "sizes").info for name in SPLITS}
-        counts = {
-            name: {key: info[key] for key in ("documents", "tokens", "bytes", "words")} for name, info in splits.items()
-        }
+        counts = {name: {key: info[key] for key in ("documents", "tokens", "bytes", "words")} for name, info in splits.items()}
         kept = ledger.kept.total()
         assert kept == sum(row["documents"] for row in counts.values())
         manifest = {
@@ -258,9 +254,7 @@ def _check(names: list[str], split: Sequence[float]) -> None:
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"source {repeated[0]} is given twice: every document would be counted twice")
     if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
-        raise ValueError(
-            f"split must be three shares above 0 that sum to 1 (train, validation, test), got {tuple(split)}"
-        )
+        raise ValueError(f"split must be three shares above 0 that sum to 1 (train, validation, test), got {tuple(split)}")
 
 
 def _empty(name: str, share: float, documents: int) -> str:

@@ -139,9 +139,7 @@ def _row(batch: Batch, row: int, vocab: Vocabulary, token_text: Callable[[int], 
         yield _stretch(batch, span, vocab, token_text)
     if len(spans) > DOCUMENTS:
         rest = spans[DOCUMENTS:]
-        yield Text(
-            f"... {_count(len(rest), 'document')} more, positions {rest[0].start}-{rest[-1].stop - 1} ...", "dim"
-        )
+        yield Text(f"... {_count(len(rest), 'document')} more, positions {rest[0].start}-{rest[-1].stop - 1} ...", "dim")
 
 
 def _heading(batch: Batch, span: Span, number: int) -> Text:

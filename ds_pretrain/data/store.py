@@ -74,9 +74,7 @@ class StoreWriter:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         names = [f"{self.prefix}.{suffix}" for suffix in (*SUFFIXES, "json")]
         try:
             with self._bin:

@@ -167,9 +167,7 @@ class TextTokenizer:
             )
         if isinstance(source, (str, Path)):
             source = [source]
-        texts = (
-            (doc.text for path in source for doc in corpus.read(path)) if isinstance(source, Sequence) else iter(source)
-        )
+        texts = (doc.text for path in source for doc in corpus.read(path)) if isinstance(source, Sequence) else iter(source)
         if kind in ("bpe", "wordpiece"):
             return cls("tokenizer.json", _train_json(texts, vocab_size, kind), {n: i for i, n in enumerate(RESERVED)})
         return cls("tokenizer.model", _train_model(texts, vocab_size, kind), {n: i for i, n in enumerate(RESERVED)})
@@ -203,9 +201,7 @@ class TextTokenizer:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{saved} is damaged: train or copy the tokenizer again") from None
         if _digest(model, specials) != digest:
-            raise ValueError(
-                f"{saved.parent / file} or {saved.name} is damaged (their digest differs): copy them again"
-            )
+            raise ValueError(f"{saved.parent / file} or {saved.name} is damaged (their digest differs): copy them again")
         return cls(file, model, specials)
 
     def save(self, folder: str | Path) -> None:

@@ -41,7 +41,9 @@ ACCUMULATION = (1, 4)
 ROWS, SEQ_LEN, VOCAB, LR, SEED = 8, 32, 509, 1e-3, 11
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-6, 1e-5
 _SHAPE = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 128, "vocab": VOCAB, "positions": SEQ_LEN}
-CAUSAL = ModelConfig(**_SHAPE, kv_heads=2, norm="rmsnorm", activation="swiglu", position="rope", bias=False, tie_embeddings=False)
+CAUSAL = ModelConfig(
+    **_SHAPE, kv_heads=2, norm="rmsnorm", activation="swiglu", position="rope", bias=False, tie_embeddings=False
+)
 MASKED = ModelConfig(**_SHAPE, norm_position="post", activation="gelu", token_types=2, head_transform=True)
 
 
@@ -140,7 +142,8 @@ def expected(objective: str, steps: int) -> tuple[list[float], dict[str, Tensor]
     shape = model_for(objective)
     weights = {n: initial_value(Shard(n, s), shape, SEED).requires_grad_() for n, s in parameter_shapes(shape).items()}
     optimizer = torch.optim.AdamW(_groups(weights), lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    losses, first = [], {}
+    losses: list[float] = []
+    first: dict[str, Tensor] = {}
     for batches in _steps(samples(objective), steps):
         optimizer.zero_grad()
         loss = reference.loss(weights, shape, batches, create(objective).heads[0].name)
@@ -163,7 +166,8 @@ def observed(case: Case, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     build = Build(model_for(case.objective), mesh, objective.kind, SEQ_LEN)
     micro = ROWS // mesh.data_size // case.accumulation
     engine = create_engine(build, objective, OptimizerConfig(lr=LR), _deepspeed(case, micro), SEED)
-    losses, first = [], {}
+    losses: list[float] = []
+    first: dict[str, Tensor] = {}
     with Loader(samples(case.objective), ROWS, micro, mesh.at.data, mesh.data_size) as loader:
         for number in range(1, steps + 1):
             losses.append(engine.step(next(loader).batches, number, LR).loss)

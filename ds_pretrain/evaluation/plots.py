@@ -64,9 +64,7 @@ class Mark(NamedTuple):
     colour: str
 
 
-def learning_curve(
-    metrics_path: str | Path, png_path: str | Path, baselines: Mapping[str, float] | None = None
-) -> None:
+def learning_curve(metrics_path: str | Path, png_path: str | Path, baselines: Mapping[str, float] | None = None) -> None:
     """Draw the metrics of a run. baselines: losses of other models by name, drawn as horizontal lines."""
     history = History.read(metrics_path)
     draw(history, Path(metrics_path).resolve().parent.name, baselines or {}).savefig(png_path, dpi=DPI)
@@ -135,9 +133,7 @@ def _draw_evaluations(axes: Axes, history: History) -> list[Mark]:
     for split in dict.fromkeys(line["split"] for line in history.evaluations):
         steps, values = _points([line for line in history.evaluations if line["split"] == split], "loss")
         if len(values):
-            axes.plot(
-                steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.2, label=split, zorder=3, clip_on=False
-            )
+            axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.2, label=split, zorder=3, clip_on=False)
             marks.append(Mark(values[-1], split, ORANGE))
     return marks
 

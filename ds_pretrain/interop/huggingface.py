@@ -179,9 +179,7 @@ def _activation(name: str) -> str:
 def _require(fields: Fields, **wanted: Any) -> None:
     """Refuse arithmetic that our layers do not have; a field that is absent has the wanted value by default."""
     wrong = [
-        f"{name} = {fields[name]!r} (only {value!r})"
-        for name, value in wanted.items()
-        if fields.get(name, value) != value
+        f"{name} = {fields[name]!r} (only {value!r})" for name, value in wanted.items() if fields.get(name, value) != value
     ]
     if wrong:
         raise ValueError(f"this {fields['model_type']} config computes what our layers do not: {', '.join(wrong)}")

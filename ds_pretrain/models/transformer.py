@@ -174,9 +174,7 @@ class Block(TransformerLayer):
 
     def forward(self, x: tuple[Tensor, ...]) -> Stream:
         stream = Stream(*x)
-        pattern = lower(
-            stream.segment, stream.horizon, stream.position, self.kind, self.head_dim, self.rope_base
-        )
+        pattern = lower(stream.segment, stream.horizon, stream.position, self.kind, self.head_dim, self.rope_base)
 
         def run(hidden: Tensor) -> Tensor:
             with _own_stream(self.sequence):

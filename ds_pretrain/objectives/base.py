@@ -9,7 +9,7 @@ line, `preview`, every layout and the law tests pick it up.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -68,7 +68,7 @@ class Objective(ABC):
         return (read.nll(head, target.labels, target.weights) * target.weights).sum()
 
 
-def register(name: str):  # noqa: ANN201
+def register(name: str) -> Callable[[O], O]:
     """Class decorator: gives the objective its name and makes it known everywhere."""
 
     def add(cls: O) -> O:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] for this rank's slice of the logits [n, V/T] and whole-vocabulary labels [n]; fp32 [n]."""
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:  # torch fuses what the divided form cannot
+        return F.cross_entropy(logits.float(), labels, reduction="none")
     return vocab_parallel_cross_entropy(logits.float().contiguous(), labels)
 
 

@@ -30,6 +30,10 @@ class ParallelPlan:
     pipeline: int = 1
     sequence: bool = False
 
+    def __post_init__(self) -> None:
+        if self.tensor < 1 or self.pipeline < 1:
+            raise ValueError(f"tensor {self.tensor} and pipeline {self.pipeline} must be at least 1")
+
     def data(self, world: int) -> int:
         """Data-parallel ranks in a world of that size."""
         if world % (self.tensor * self.pipeline):

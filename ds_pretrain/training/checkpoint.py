@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
             shutil.rmtree(attempt, ignore_errors=True)
         raise OSError(f"checkpoint of step {step} was not saved: {'; '.join(failed)}. Earlier ones are as they were")
     if engine.mesh.rank == 0:
-        _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": sum(everyone, [])})
+        _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": list(chain(*everyone))})
         prune(folder, keep)
     engine.mesh.barrier()
     return final
@@ -203,7 +204,7 @@ def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
         if world > 1:
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, found)
-            found = sum(everyone, [])
+            found = list(chain(*everyone))
         if not found:
             return path
         if rank == 0:

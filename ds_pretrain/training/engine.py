@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -214,9 +214,7 @@ class PlainEngine(Engine):
         return float(all_reduce(square, self.mesh.tensor_group).sqrt())
 
 
-def create_engine(
-    build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int = 0
-) -> Engine:
+def create_engine(build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int = 0) -> Engine:
     """The engine that the plan asks for. deepspeed: a resolved DeepSpeed JSON, without "auto"."""
     from ds_pretrain.training.pipeline import PipelineEngine
 
@@ -263,7 +261,7 @@ def quiet_deepspeed() -> None:
 
 
 @contextlib.contextmanager
-def quiet_stdout():  # noqa: ANN201
+def quiet_stdout() -> Iterator[None]:
     """DeepSpeed prints while it starts; show it with DS_PRETRAIN_VERBOSE=1."""
     if os.environ.get("DS_PRETRAIN_VERBOSE"):
         yield

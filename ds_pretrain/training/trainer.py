@@ -226,4 +226,3 @@ def _fill(deepspeed: Mapping[str, Any], rows: int, micro: int, accumulation: int
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
-

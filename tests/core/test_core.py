@@ -14,9 +14,7 @@ from ds_pretrain.core.loss import count_totals, step_loss, weighted_mean
 from ds_pretrain.core.registry import Registry
 from ds_pretrain.core.vocabulary import Vocabulary
 
-SEGMENT = torch.tensor(
-    [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 2, 3, 3, 3, 0]], dtype=torch.int32
-)
+SEGMENT = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 2, 3, 3, 3, 0]], dtype=torch.int32)
 LENGTH = torch.tensor([[2, 2, 2, 1, 1, 0], [4] * 6, [0] * 6, [1, 1, 3, 3, 3, 0]])
 
 
@@ -106,9 +104,7 @@ def test_keys_do_not_run_together():
 
 def test_keys_do_not_depend_on_the_process():
     """Python's own hash of a string changes with every interpreter."""
-    code = (
-        "from ds_pretrain.core import rng; print(rng.key(0, 'train', 5), rng.generator(0, 'train').integers(1 << 40))"
-    )
+    code = "from ds_pretrain.core import rng; print(rng.key(0, 'train', 5), rng.generator(0, 'train').integers(1 << 40))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
     assert done.stdout.split() == [str(rng.key(0, "train", 5)), str(rng.generator(0, "train").integers(1 << 40))]
 

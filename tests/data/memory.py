@@ -29,6 +29,4 @@ class MemoryStore:
 def corpus(documents: int = 300, seed: int = 0, mean: float = 40) -> MemoryStore:
     """Lengths as text has them: many short, a few much longer than a row; some hold only their end."""
     random = np.random.default_rng(seed)
-    return MemoryStore(
-        1 + random.lognormal(np.log(mean), 1, documents).astype(int) * (np.arange(documents) % 17 > 0), seed
-    )
+    return MemoryStore(1 + random.lognormal(np.log(mean), 1, documents).astype(int) * (np.arange(documents) % 17 > 0), seed)

@@ -26,9 +26,7 @@ def test_any_part_equals_the_same_part_of_the_whole():
 
 
 def test_epochs_seeds_and_sources_differ():
-    orders = {
-        permute(np.arange(50), 50, *key).tobytes() for key in [(0, 0, "a"), (0, 1, "a"), (1, 0, "a"), (0, 0, "b")]
-    }
+    orders = {permute(np.arange(50), 50, *key).tobytes() for key in [(0, 0, "a"), (0, 1, "a"), (1, 0, "a"), (0, 0, "b")]}
     assert len(orders) == 4
 
 

@@ -44,13 +44,9 @@ def test_every_document_is_in_its_split_and_comes_back(made, source):
         store = Store(output / name)
         assert store.tokenizer_digest == tokenizer.digest and store.vocab_size == len(tokenizer) == 900
         assert [tokenizer.decode(store[i], skip_specials=True) for i in range(len(store))] == expected
-        assert all(
-            store.slice(i, n - 1, n)[0] == tokenizer.vocabulary.eod for i, n in enumerate(store.lengths.tolist())
-        )
+        assert all(store.slice(i, n - 1, n)[0] == tokenizer.vocabulary.eod for i, n in enumerate(store.lengths.tolist()))
         assert store.text[:].tolist() == [[len(text.encode()), len(text.split())] for text in expected]
-        assert (
-            report.splits[name]["documents"] == len(expected) and report.splits[name]["tokens"] == store.lengths.sum()
-        )
+        assert report.splits[name]["documents"] == len(expected) and report.splits[name]["tokens"] == store.lengths.sum()
 
 
 def test_the_manifest_accounts_for_everything(made, source):

@@ -91,9 +91,7 @@ def test_documents_and_restarts_show():
     assert "row 0: 64 positions, 2 documents, 32 padding" in text
     borders = [(span.start, span.stop) for span in batch.attention.spans()]
     for number, (start, stop) in enumerate(borders, start=1):
-        facts = (
-            f"{stop - start} tokens (row positions {start}-{stop - 1}, numbered from 0), {stop - start} targets of clm"
-        )
+        facts = f"{stop - start} tokens (row positions {start}-{stop - 1}, numbered from 0), {stop - start} targets of clm"
         assert f"document {number}  {facts}" in text
 
 

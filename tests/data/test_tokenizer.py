@@ -137,9 +137,7 @@ def test_a_bare_model_file_finds_its_specials(trained, tmp_path):
 
 
 def foreign(folder: Path, *, special: bool = True) -> Path:
-    model = tokenizers.Tokenizer(
-        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
+    model = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.add_tokens([tokenizers.AddedToken("<|endoftext|>", special=special)])
     model.enable_truncation(4)

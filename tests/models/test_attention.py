@@ -141,8 +141,7 @@ def test_rotary_scores_depend_on_the_distance_only():
 
     def score(i, j):
         return (
-            rotate(q, rotary_table(torch.tensor([[i]]), 16, 1e4))
-            * rotate(k, rotary_table(torch.tensor([[j]]), 16, 1e4))
+            rotate(q, rotary_table(torch.tensor([[i]]), 16, 1e4)) * rotate(k, rotary_table(torch.tensor([[j]]), 16, 1e4))
         ).sum()
 
     torch.testing.assert_close(score(3, 1), score(103, 101), rtol=0, atol=1e-4)

@@ -217,9 +217,7 @@ def _part(name):
     for part, words in {"norms": ("norm",), "attention": ("self_attention",), "feed-forward": ("mlp",)}.items():
         if any(word in name for word in words):
             return part
-    return {"word": "word embedding", "embed": "position and type embedding", "output": "output embedding"}[
-        name.split(".")[0]
-    ]
+    return {"word": "word embedding", "embed": "position and type embedding", "output": "output embedding"}[name.split(".")[0]]
 
 
 KNOWN = {

@@ -17,9 +17,7 @@ def test_what_is_left_of_the_world_is_data_parallel(plan, world, data):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 6])
 def test_a_world_that_does_not_divide_is_refused_with_the_numbers_and_the_fix(world):
-    message = (
-        rf"{world} ranks cannot be divided into parallel.tensor 2 x parallel.pipeline 2: start a multiple of 4 ranks"
-    )
+    message = rf"{world} ranks cannot be divided into parallel.tensor 2 x parallel.pipeline 2: start a multiple of 4 ranks"
     with pytest.raises(ValueError, match=message):
         ParallelPlan(tensor=2, pipeline=2).data(world)
     with pytest.raises(ValueError, match=message):

@@ -95,9 +95,7 @@ def test_every_parameter_is_described_once_and_divided_as_megatron_does(mesh, st
 
 
 def test_names_are_the_ones_checkpoints_hold(mesh):
-    names = {
-        style: {s.name for s in described(mesh, style)[1] if not s.name.startswith("layers.1.")} for style in STYLES
-    }
+    names = {style: {s.name for s in described(mesh, style)[1] if not s.name.startswith("layers.1.")} for style in STYLES}
     attention = {f"layers.0.self_attention.{x}.weight" for x in ("linear_qkv", "linear_proj")}
     layer = attention | {f"layers.0.mlp.{x}.weight" for x in ("linear_fc1", "linear_fc2")}
     norms = {"layers.0.input_layernorm.weight", "layers.0.pre_mlp_layernorm.weight", "head.final_norm.weight"}
