@@ -44,9 +44,7 @@ Work = Callable[[], int]
 
 
 def main(
-    tokens: Annotated[
-        int, typer.Option(help="Tokens of the corpus; documents are log-normal, median 400.")
-    ] = 20_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens of the corpus; documents are log-normal, median 400.")] = 20_000_000,
     seq_len: Annotated[int, typer.Option(help="Positions of a row.")] = 1024,
     turns: Annotated[int, typer.Option(help="Turns of each contender; the best counts.")] = 5,
 ) -> None:

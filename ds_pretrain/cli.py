@@ -317,7 +317,8 @@ def _draw(output: Path) -> None:
 
 
 def _preset_line(model: Any) -> str:
-    return f"{model.count_parameters() / 1e6:,.0f}M parameters at 50,257 ids: {model.layers} layers, {model.hidden} wide, {model.heads} heads"
+    size = f"{model.count_parameters() / 1e6:,.0f}M parameters at 50,257 ids"
+    return f"{size}: {model.layers} layers, {model.hidden} wide, {model.heads} heads"
 
 
 def _first_comment(path: Path) -> str:

@@ -189,14 +189,15 @@ class RunConfig(_Section):
             yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
 
     def _check_sizes(self, vocab_size: int | None) -> Iterator[str]:
-        if self.model.positions and self.model.position == "learned" and self.batch.seq_len > self.model.positions:
-            yield f"batch.seq_len {self.batch.seq_len} is longer than model.positions {self.model.positions}: lower one or raise the other"
-        if vocab_size and self.model.vocab and self.model.vocab != vocab_size:
-            yield f"model.vocab {self.model.vocab} differs from the tokenizer's {vocab_size}: leave model.vocab out, or set it to {vocab_size}"
-        if self.optimizer.warmup_steps >= self.train.max_steps:
-            yield f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.max_steps {self.train.max_steps}: lower it"
-        if self.optimizer.min_lr > self.optimizer.lr:
-            yield f"optimizer.min_lr {self.optimizer.min_lr} is above optimizer.lr {self.optimizer.lr}: lower it"
+        m, o, length, steps = self.model, self.optimizer, self.batch.seq_len, self.train.max_steps
+        if m.positions and m.position == "learned" and length > m.positions:
+            yield f"batch.seq_len {length} is longer than model.positions {m.positions}: lower one or raise the other"
+        if vocab_size and m.vocab and m.vocab != vocab_size:
+            yield f"model.vocab {m.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
+        if o.warmup_steps >= steps:
+            yield f"optimizer.warmup_steps {o.warmup_steps} is not below train.max_steps {steps}: lower it"
+        if o.min_lr > o.lr:
+            yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}: lower it"
 
     def deepspeed_json(self) -> dict[str, Any]:
         """The DeepSpeed configuration as it stands in its file. ValueError naming the file if it is none."""

@@ -58,11 +58,11 @@ def test_every_contradiction_is_found_at_once():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"deepspeed": {"config": "zero0_fp32.json"}, "parallel": {"pipeline": 2}, "model": {"layers": 2}}, "ZeRO stage 0 with"),
-        ({"deepspeed": {"config": "zero2_fp32.json"}, "parallel": {"pipeline": 2}, "model": {"layers": 2}}, "ZeRO stage 2"),
+        ({"deepspeed": {"config": "zero0_fp32.json"}, "parallel": {"pipeline": 2}}, "ZeRO stage 0 with"),
+        ({"deepspeed": {"config": "zero2_fp32.json"}, "parallel": {"pipeline": 2}}, "ZeRO stage 2"),
         ({"batch": {"global_size": 7, "micro_size": 2}}, "is not divisible by 2 data ranks x batch.micro_size 2 = 4: use 8"),
         ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor above 1"),
-        ({"parallel": {"tensor": 2, "sequence": True}, "batch": {"seq_len": 33}}, "seq_len 33 is not divisible by parallel.tensor 2"),
+        ({"parallel": {"tensor": 2, "sequence": True}, "batch": {"seq_len": 33}}, "seq_len 33 is not divisible"),
         ({"model": {"preset": "bert-1m"}}, "objective clm is causal"),
         ({"deepspeed": {"config": "zero1_fp16.json"}}, "fp16 needs a GPU"),
         ({"deepspeed": {"config": "zero1_fp33"}}, "did you mean 'zero1_fp32'"),

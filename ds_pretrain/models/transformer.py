@@ -114,7 +114,7 @@ class Vocabulary(VocabParallelEmbedding):
     def __init__(self, build: Build, logical: str) -> None:
         super().__init__(build.padded_vocab, build.model.hidden, init_method=_leave, config=build.megatron)
         self.logical = logical
-        self.weight.whole_rows = build.model.vocab_size  # type: ignore[attr-defined]
+        self.weight.whole_rows = build.model.vocab_size
 
     def forward(self, x: Tensor, project: bool = False) -> Tensor:
         """ids [B, S] -> [B, S, H], or with `project` hidden [n, H] -> this rank's logits [n, V / ranks]."""
