@@ -1,0 +1,77 @@
+"""A frozen model: scores and text from a checkpoint, whatever trained it."""
+
+import pytest
+import torch
+
+from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.evaluation.generate import generate
+from ds_pretrain.evaluation.perplexity import evaluate, evaluate_perplexity
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import create
+from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.spawn import spawn
+from ds_pretrain.training.inference import FrozenModel
+from ds_pretrain.training.optimizer import OptimizerConfig
+from ds_pretrain.training.trainer import PreTrainer
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    dataset = PretrainingDataset(data, seq_len=64, objective="clm")
+    trainer = PreTrainer(
+        model=ModelConfig(layers=2, hidden=64, heads=4), objective=dataset.objective, dataset=dataset, batch_size=8,
+        max_steps=40, optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5), output=output, progress=False,
+    )  # fmt: skip
+    trainer.train()
+    return trainer, dataset, output
+
+
+def test_a_frozen_model_scores_what_the_engine_scored(trained):
+    trainer, dataset, output = trained
+    validation = dataset.split("validation")
+    frozen = FrozenModel(output, create("clm"))
+    ours, theirs = evaluate(frozen, validation), evaluate(trainer.model, validation)
+    assert ours.nats == pytest.approx(theirs.nats, rel=1e-6) and ours.tokens == theirs.tokens
+    assert ours.bytes == int(validation.store.text[:, 0].sum())
+    assert evaluate_perplexity(frozen, validation) == pytest.approx(ours.perplexity)
+    assert ours.perplexity < 900 < dataset.vocab.size
+
+
+def score_on_two(output, data):
+    dataset = PretrainingDataset(data, seq_len=64, objective="clm")
+    found = evaluate(FrozenModel(output, create("clm"), ParallelPlan(tensor=2)), dataset.split("validation"))
+    return found.nats, found.accuracy
+
+
+def test_a_checkpoint_loads_on_tensor_ranks(trained, data):
+    _, dataset, output = trained
+    alone = evaluate(FrozenModel(output, create("clm")), dataset.split("validation"))
+    nats, accuracy = spawn(2, score_on_two, output, data)
+    assert nats == pytest.approx(alone.nats, rel=1e-6) and accuracy == alone.accuracy
+
+
+def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained):
+    _, dataset, output = trained
+    model, vocab = FrozenModel(output, create("clm")), dataset.vocab
+    prompt = dataset.tokenizer.encode("The import").tolist()
+    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, tokens=5, temperature=0))
+    logits = model.logits(torch.tensor([[vocab.eod, *prompt]]))[0]
+    logits[sorted(vocab.specials - {vocab.eod})] = -torch.inf
+    assert greedy[0] == int(logits.argmax())
+    once, twice, other = (
+        list(generate(model, prompt, vocab.eod, vocab.specials, tokens=80, top_k=50, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert once == twice != other
+    assert not set(once) & vocab.specials
+
+
+def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):
+    *_, output = trained
+    with pytest.raises(ValueError, match="no sound checkpoint"):
+        FrozenModel(tmp_path, create("clm"))
+    with pytest.raises(ValueError, match=r"parallel\.pipeline=1"):
+        FrozenModel(output, create("clm"), ParallelPlan(pipeline=2))
+    masked = FrozenModel(output, create("mlm"))
+    with pytest.raises(ValueError, match="left to right"):
+        next(generate(masked, [], 2, frozenset()))
