@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.shards import Shard
 from ds_pretrain.training import state
 from ds_pretrain.training.engine import Engine
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 FILE_BYTES = 1 << 29
 """Tensors of one file, about: bounds the memory that serialising takes."""
+MEANING = ("heads", "groups", "norm", "norm_position", "norm_eps", "activation", "position", "rope_base")
+"""Fields of a model that change what its weights mean, though not always their shapes."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,34 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     final, attempt = folder / f"step-{step}", folder / f"step-{step}.tmp"
     if engine.mesh.rank == 0:
         shutil.rmtree(attempt, ignore_errors=True)
-        attempt.mkdir(parents=True)
     engine.mesh.barrier()
     outcome: list[dict] | str
     try:
+        attempt.mkdir(parents=True, exist_ok=True)
         outcome = [_write(attempt, name, data) for name, data in _files(engine)]
     except OSError as error:
         outcome = f"rank {engine.mesh.rank}: {error}"
-    everyone: list[Any] = [None] * engine.mesh.world
-    dist.all_gather_object(everyone, outcome)
+    everyone = _gather(outcome, engine.mesh.world)
     failed = [text for text in everyone if isinstance(text, str)]
-    if failed:
+    if not failed and engine.mesh.rank == 0:
+        try:
+            _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": list(chain(*everyone))})
+            prune(folder, keep, step)
+        except OSError as error:
+            failed = [f"rank 0: {error}"]
+    told = engine.mesh.agree("; ".join(failed))
+    if told:
         if engine.mesh.rank == 0:
             shutil.rmtree(attempt, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} was not saved: {'; '.join(failed)}. Earlier ones are as they were")
-    if engine.mesh.rank == 0:
-        _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": list(chain(*everyone))})
-        prune(folder, keep)
-    engine.mesh.barrier()
+        raise OSError(f"checkpoint of step {step} was not saved: {told}. Earlier ones are as they were")
     return final
+
+
+def _gather(value: Any, world: int) -> list[Any]:
+    """Every rank's value, on every rank."""
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def _files(engine: Engine) -> Iterator[tuple[str, bytes]]:
@@ -131,6 +143,8 @@ def _commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {"manifest": json.loads(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
     _write_synced(attempt / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())
     _sync_folder(attempt)
+    if final.exists():  # this step was damaged and is made again
+        _remove(final)
     attempt.rename(final)
     _sync_folder(final.parent)
 
@@ -143,17 +157,29 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, renaming first so that none is ever seen half-removed."""
-    for path in steps(folder)[keep:]:
-        doomed = path.rename(path.with_name(path.name + ".old"))
-        shutil.rmtree(doomed, ignore_errors=True)
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`; later ones can only be damaged and do not count."""
+    upto = [path for path in steps(folder) if _number(path) <= step]
+    for path in upto[keep:]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that no checkpoint is ever seen half-removed."""
+    doomed = path.with_name(path.name + ".old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -202,9 +228,7 @@ def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
     for path in steps(folder):
         found = damages(path, rank, world)
         if world > 1:
-            everyone: list[Any] = [None] * world
-            dist.all_gather_object(everyone, found)
-            found = list(chain(*everyone))
+            found = list(chain(*_gather(found, world)))
         if not found:
             return path
         if rank == 0:
@@ -280,12 +304,19 @@ def load(snapshot: Snapshot, engine: Engine) -> None:
 
 def check_model(snapshot: Snapshot, engine: Engine) -> None:
     """ValueError that names how the checkpoint's model differs from the engine's."""
-    ours = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
+    local = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
+    ours = {name: shape for stage in _gather(local, engine.mesh.world) for name, shape in stage.items()}
     theirs = snapshot.shapes
     wrong = [
-        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {shape} in the model"
-        for name, shape in ours.items()
-        if theirs.get(name) != shape
+        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the model"
+        for name in {**ours, **theirs}
+        if theirs.get(name) != ours.get(name)
+    ]
+    was, now = ModelConfig(**snapshot.manifest["model"]), engine.build.model
+    wrong += [
+        f"{field} {getattr(was, field)} in the checkpoint, {getattr(now, field)} in the model"
+        for field in MEANING
+        if getattr(was, field) != getattr(now, field)
     ]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
