@@ -329,6 +329,7 @@ def _first_comment(path: Path) -> str:
 def main() -> None:
     """Run a command; user mistakes end with a message and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # deepspeed adds it; we read LOCAL_RANK
     try:
         app()
     except (ValueError, ArithmeticError) as error:

@@ -1,0 +1,150 @@
+"""Every command as a person types it; the launchers for real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ds_pretrain.cli import app
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def run_file(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    path = folder / "run.yaml"
+    values = {
+        "model": {"layers": 2, "hidden": 32, "heads": 4},
+        "data": {"path": str(data)},
+        "batch": {"global_size": 8, "seq_len": 64},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "deepspeed": {"config": "zero1_fp32"},
+        "train": {"max_steps": 6, "eval_every": 3, "save_every": 3},
+        "output": str(folder / "out"),
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "140"})
+
+
+def ok(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def process(*command, cwd=ROOT):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(output):
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "lr" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(run_file):
+    assert "trained to step 6" in ok("train", run_file)
+    return Path(yaml.safe_load(run_file.read_text())["output"])
+
+
+def test_prepare_makes_a_folder_and_says_what_is_in_it(corpus, tmp_path):
+    out = ok("prepare", corpus, "-o", tmp_path / "made", "--vocab-size", 700, "--split", "0.8,0.1,0.1")
+    assert "train" in out and (tmp_path / "made" / "manifest.json").is_file()
+    assert "nothing done" in ok("prepare", corpus, "-o", tmp_path / "made", "--vocab-size", 700, "--split", "0.8,0.1,0.1")
+
+
+def test_the_output_holds_what_the_contract_names(trained):
+    assert {p.name for p in trained.iterdir()} >= {"run.yaml", "metrics.jsonl", "checkpoints", "plots"}
+    assert (trained / "plots" / "learning_curve.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    step = {"step", "loss", "clm", "grad_norm", "lr", "target_tokens", "tokens", "tokens_per_second", "skipped_steps"}
+    assert step <= lines[0].keys()
+    assert {"split", "loss", "perplexity", "bits_per_byte"} <= next(line for line in lines if "split" in line).keys()
+    assert yaml.safe_load((trained / "run.yaml").read_text())["train"]["max_steps"] == 6
+
+
+def test_training_again_goes_on_where_it_stopped(trained, run_file):
+    before = losses(trained)
+    ok("train", run_file)
+    assert losses(trained) == before
+    ok("train", run_file, "train.max_steps=8")
+    assert losses(trained)[:6] == before and len(losses(trained)) == 8
+
+
+def test_eval_generate_and_preview(trained, run_file, tmp_path):
+    out = ok("eval", trained, "--baselines", "--split", "test")
+    assert "bigram" in out and "unigram" in out
+    assert {"unigram", "bigram"} <= json.loads((trained / "eval-test.json").read_text()).keys()
+    assert "The" in ok("generate", trained, "--prompt", "The", "--tokens", 5)
+    ok("preview", run_file, "objective.name=mlm", "--png", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("world", [1, 8, 96])
+def test_plan_for_any_number_of_ranks(run_file, world):
+    tensor = 2 if world > 1 else 1
+    out = ok("plan", run_file, "--world", world, f"parallel.tensor={tensor}", f"batch.global_size={world * 4}",
+             f"parallel.pipeline={tensor}")  # fmt: skip
+    assert "memory per rank" in out and "parameters" in out and "embedding" in out
+
+
+def test_plan_refuses_what_cannot_be(run_file):
+    result = invoke("plan", run_file, "--world", 3, "parallel.tensor=2")
+    assert "3 ranks are not a multiple" in str(result.exception)
+
+
+def test_list_names_what_there_is():
+    out = ok("list")
+    for name in ("clm", "mlm", "mask_prob", "gpt2-small", "quickstart", "zero1_bf16.json"):
+        assert name in out
+    assert "did you mean 'presets'" in str(invoke("list", "preset").exception)
+
+
+def test_bad_input_exits_with_2_and_leaves_nothing(run_file, tmp_path):
+    out = tmp_path / "out"
+    result = process(sys.executable, "-m", "ds_pretrain", "train", run_file, "model.hiden=3", "batch.seqlen=1", f"output={out}")
+    assert result.returncode == 2 and not out.exists()
+    assert "did you mean 'hidden'" in result.stderr and "did you mean 'seq_len'" in result.stderr
+    result = process(
+        sys.executable, "-m", "ds_pretrain", "train", run_file, "data.path=/absent", "model.heads=3", f"output={out}"
+    )
+    assert result.returncode == 2 and not out.exists()
+    assert "holds no prepared data" in result.stderr and "not divisible by model.heads 3" in result.stderr
+
+
+def test_debug_previews_and_trains_in_one_process(run_file, tmp_path):
+    result = process(
+        sys.executable, "-m", "ds_pretrain", "train", run_file, "--debug", f"output={tmp_path}", "train.max_steps=3"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "row 0" in result.stdout and "pdb" in result.stdout
+    assert len(losses(tmp_path)) == 3
+
+
+def test_every_launcher_trains_the_same_run(run_file, tmp_path):
+    arguments = ["train", run_file, "train.eval_every=0", "parallel.tensor=2"]
+    launchers = {
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ds_pretrain"],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module", "ds_pretrain"],
+        "local": [ROOT / "launchers" / "local.sh", "-n", "2"],
+    }
+    found = {}
+    for name, command in launchers.items():
+        result = process(*command, *arguments, f"output={tmp_path / name}")
+        assert result.returncode == 0, (name, result.stderr[-2000:])
+        found[name] = losses(tmp_path / name)
+    assert found["torchrun"] == found["deepspeed"] == found["local"] and len(found["local"]) == 6
