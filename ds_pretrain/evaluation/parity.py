@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -123,7 +125,8 @@ def run(worlds: Sequence[int], objectives: Sequence[str], steps: int) -> list[Re
 def run_cases(todo: Sequence[Case], steps: int) -> list[Result]:
     """Run cases one after the other on the ranks of this job (collective); results on rank 0."""
     truth = {name: expected(name, steps) for name in {case.objective for case in todo}}
-    return [compare(case, *observed(case, steps), *truth[case.objective]) for case in todo]
+    shown = track(todo, "parity", console=Console(stderr=True), disable=place().rank != 0)
+    return [compare(case, *observed(case, steps), *truth[case.objective]) for case in shown]
 
 
 def model_for(objective: str) -> ModelConfig:
