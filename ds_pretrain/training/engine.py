@@ -193,7 +193,7 @@ class PlainEngine(Engine):
             if number == len(batches) and self.stage == 0:
                 norm = self._gradient_norm()
                 if not math.isfinite(norm):
-                    raise ArithmeticError(f"gradient norm is {norm}: the step was not taken, weights are as before")
+                    return norm  # the step is not taken; the trainer records it and stops
             self.deepspeed.step()
         return norm if self.stage == 0 else _as_float(self.deepspeed.get_global_grad_norm())
 
