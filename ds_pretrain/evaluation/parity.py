@@ -106,8 +106,8 @@ def cases(world: int, objectives: Sequence[str]) -> list[Case]:
     """Every legal case of a world size: ZeRO 0 to 3 without a pipeline, 1 with it."""
     return [
         Case(objective, plan, world, stage, accumulation)
-        for objective in objectives
         for plan in LAYOUTS.get(world, [ParallelPlan()])
+        for objective in objectives
         for stage in ((0, 1, 2, 3) if plan.pipeline == 1 else (1,))
         for accumulation in ACCUMULATION
     ]

@@ -6,6 +6,7 @@ is a world of its own and no port is opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,12 +79,13 @@ class Mesh:
         from megatron.core import parallel_state
 
         adapt()
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            plan.tensor, plan.pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=10
-        )
         mesh = Mesh(plan, *where)
+        if _standing != [mesh] or not parallel_state.model_parallel_is_initialized():
+            _tear_down()
+            parallel_state.initialize_model_parallel(
+                plan.tensor, plan.pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=10
+            )
+            _standing.append(mesh)
         mesh.seed(0, 0)
         return mesh
 
@@ -145,6 +147,20 @@ class Mesh:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+_standing: list[Mesh] = []
+"""The mesh whose groups exist now. Building the same one again uses them: every gloo group costs a thread that wakes."""
+
+
+def _tear_down() -> None:
+    from megatron.core import parallel_state
+
+    for group in {id(g): g for g in parallel_state._global_process_group_list or [] if g}.values():
+        with contextlib.suppress(ValueError, AssertionError):  # a group this rank is not in
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    _standing.clear()
 
 
 class Mpu:
