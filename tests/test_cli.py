@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ds_pretrain.cli import app
+from ds_pretrain.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -148,3 +148,55 @@ def test_every_launcher_trains_the_same_run(run_file, tmp_path):
         assert result.returncode == 0, (name, result.stderr[-2000:])
         found[name] = losses(tmp_path / name)
     assert found["torchrun"] == found["deepspeed"] == found["local"] and len(found["local"]) == 6
+
+
+def ends(monkeypatch, capsys, *arguments):
+    """Exit code of the real entry point in this process, and what it wrote to stderr on one line."""
+    monkeypatch.setattr(sys, "argv", ["ds-pretrain", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["model.hiden=3"], "did you mean 'hidden'"),
+        (["model"], "override 'model' must look like section.key=value"),
+        (["data.path=/absent"], "holds no prepared data"),
+        (["model.heads=3", "optimizer.warmup_steps=6"], "2 problems"),
+        (["objective.name=mml"], "did you mean 'mlm'"),
+        (["objective.mask_prob=0.5"], "objective:"),
+        (["deepspeed.config=zero9"], "unknown deepspeed configuration 'zero9'"),
+        (["parallel.tensor=2"], "1 ranks are not a multiple of parallel.tensor 2"),
+        (["batch.global_size=10", "batch.micro_size=4"], "batch.global_size 10 is not divisible"),
+    ],
+)
+def test_a_mistake_in_a_run_ends_with_2_a_message_and_no_folder(run_file, tmp_path, monkeypatch, capsys, arguments, said):
+    output = tmp_path / "out"
+    code, text = ends(monkeypatch, capsys, "train", run_file, *arguments, f"output={output}")
+    assert code == 2 and said in text and "Traceback" not in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_what_was_never_trained_is_refused(tmp_path, monkeypatch, capsys, command):
+    code, text = ends(monkeypatch, capsys, command, tmp_path / "none")
+    assert code == 2 and "does not exist: give the output folder of a run that was trained" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_that_diverges_ends_with_3(run_file, tmp_path, monkeypatch, capsys):
+    run = [run_file, "optimizer.lr=1e38", "optimizer.warmup_steps=0", "train.eval_every=0", f"output={tmp_path / 'out'}"]
+    code, text = ends(monkeypatch, capsys, "train", *run)
+    assert code == 3 and "Nothing was saved after it" in text
+    assert not list((tmp_path / "out").glob("checkpoints/step-6"))
+
+
+@pytest.mark.parametrize(
+    "section, name", [("objectives", "mlm"), ("presets", "bert-base"), ("runs", "quickstart"), ("deepspeed", "zero1_bf16.json")]
+)
+def test_list_shows_one_section_alone(section, name):
+    out = ok("list", section)
+    assert out.startswith(section) and name in out
+    assert not any(other in out.splitlines() for other in ("objectives", "presets", "runs", "deepspeed") if other != section)
