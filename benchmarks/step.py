@@ -248,9 +248,8 @@ def deepspeed_json(precision: str, rows: int, clip: float = OPTIMIZER.clip) -> d
 def initial_weights(model: ModelConfig) -> dict[str, Tensor]:
     """What our engine starts from, under the same names."""
     from ds_pretrain.models.transformer import initial_value
-    from ds_pretrain.parallel.shards import Shard
 
-    return {name: initial_value(Shard(name, shape), model, SEED) for name, shape in parameter_shapes(model).items()}
+    return {name: initial_value(name, shape, model, SEED) for name, shape in parameter_shapes(model).items()}
 
 
 class Documents:

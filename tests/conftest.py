@@ -35,6 +35,14 @@ def data(corpus, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def fp16(monkeypatch):
+    """fp16 on the CPU, which DeepSpeed otherwise refuses for its slowness."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
 @pytest.fixture(scope="session")
 def mesh():
     """A mesh of this process alone."""

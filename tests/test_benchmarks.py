@@ -60,6 +60,12 @@ def test_gpu_checks_hold_on_the_cpu(gpu, name, options):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would be on the GPU")
+def test_gpu_checks_of_fp16_hold_on_the_cpu(gpu, fp16):
+    checks = gpu.run("fp16", CPU)
+    assert len(checks) == 3 and all(check.passed for check in checks), [c for c in checks if not c.passed]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would be on the GPU")
 def test_gpu_speed_compares_packed_rows(gpu):
     model = gpu.step.models(1, 32, 2, 64, 199)["mlm"]
     check = gpu.speed("tiny", gpu.step.Recipe("mlm", model, 64, 4, 2, "fp32", packed=True), CPU)

@@ -140,10 +140,9 @@ def samples(objective: str) -> Samples:
 def expected(objective: str, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of all steps and the clipped gradients of the first, by plain PyTorch."""
     from ds_pretrain.models.transformer import initial_value
-    from ds_pretrain.parallel.shards import Shard
 
     shape = model_for(objective)
-    weights = {n: initial_value(Shard(n, s), shape, SEED).requires_grad_() for n, s in parameter_shapes(shape).items()}
+    weights = {n: initial_value(n, s, shape, SEED).requires_grad_() for n, s in parameter_shapes(shape).items()}
     optimizer = torch.optim.AdamW(_groups(weights), lr=LR, betas=(0.9, 0.95), eps=1e-8)
     losses: list[float] = []
     first: dict[str, Tensor] = {}

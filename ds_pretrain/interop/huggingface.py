@@ -106,7 +106,7 @@ def load_weights(module: nn.Module, build: Build, weights: Mapping[str, Tensor])
     if wrong:
         raise ValueError(f"weights do not fit the model: {_some(wrong)}")
     for shard, parameter in here:
-        parameter.copy_(shard.take(weights[shard.name], parameter.shape[shard.dim] if shard.dim is not None else 0))
+        parameter.copy_(shard.take(weights[shard.name]))
 
 
 def _canonical(state: Mapping[str, Tensor], family: Family, model: ModelConfig) -> Weights:

@@ -48,7 +48,7 @@ from ds_pretrain.models.heads import Answers, Head
 from ds_pretrain.models.norm import Norm
 from ds_pretrain.parallel.comm import all_reduce
 from ds_pretrain.parallel.mesh import Mesh
-from ds_pretrain.parallel.shards import Shard, shards
+from ds_pretrain.parallel.shards import shards
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -305,17 +305,16 @@ def initialise(module: nn.Module, build: Build, seed: int) -> None:
     parameters, and buys the same model on any number of ranks.
     """
     for shard, parameter in shards(module, build.mesh.at.tensor, build.mesh.plan.tensor):
-        rows = parameter.shape[shard.dim] if shard.dim is not None else 0
         with torch.no_grad():
-            parameter.copy_(shard.take(initial_value(shard, build.model, seed), rows))
+            parameter.copy_(shard.take(initial_value(shard.name, shard.shape, build.model, seed)))
 
 
-def initial_value(shard: Shard, model: ModelConfig, seed: int) -> Tensor:
+def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
     """The whole initial tensor: norms 1, biases 0, matrices normal with GPT-2's depth scaling when pre-norm."""
-    if shard.name.endswith(".bias"):
-        return torch.zeros(shard.shape)
-    if len(shard.shape) == 1:
-        return torch.ones(shard.shape)
-    residual = shard.name.endswith(("linear_proj.weight", "linear_fc2.weight")) and model.norm_position == "pre"
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight")) and model.norm_position == "pre"
     std = model.init_std / (math.sqrt(2 * model.layers) if residual else 1)
-    return torch.randn(shard.shape, generator=rng.torch_generator("init", seed, shard.name)) * std
+    return torch.randn(shape, generator=rng.torch_generator("init", seed, name)) * std

@@ -19,21 +19,23 @@ class Shard:
     """One parameter as this rank holds it.
 
     name: logical name, the same under every engine and layout. shape: whole shape, without vocabulary padding.
-    dim: the divided dimension, None for a replica. stride: how many interleaved blocks a slice consists of.
+    local: shape of this rank's slice, padding included. dim: the divided dimension, None for a replica.
+    stride: how many interleaved blocks a slice consists of.
     """
 
     name: str
     shape: tuple[int, ...]
+    local: tuple[int, ...]
     dim: int | None = None
     stride: int = 1
     rank: int = 0
     ranks: int = 1
 
-    def take(self, whole: Tensor, rows: int) -> Tensor:
-        """This rank's slice of the whole tensor; `rows` is its length along `dim`, padding rows are zero."""
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's slice of the whole tensor; padding rows are zero."""
         if self.dim is None:
             return whole
-        missing = rows * self.ranks - whole.shape[self.dim]
+        missing = self.local[self.dim] * self.ranks - whole.shape[self.dim]
         if missing:
             padding = list(whole.shape)
             padding[self.dim] = missing
@@ -66,9 +68,9 @@ def shards(module: nn.Module, tensor_rank: int, tensor_size: int) -> Iterator[tu
 
 
 def _describe(name: str, parameter: nn.Parameter, rank: int, ranks: int) -> Shard:
-    shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the tensor and keeps its shape here
+    local = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the tensor and keeps its shape here
     if not getattr(parameter, "tensor_model_parallel", False):
-        return Shard(name, tuple(shape))
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
+        return Shard(name, local, local)
+    dim, shape = parameter.partition_dim, list(local)  # type: ignore[attr-defined]
     shape[dim] = getattr(parameter, "whole_rows", shape[dim] * ranks)
-    return Shard(name, tuple(shape), dim, parameter.partition_stride, rank, ranks)  # type: ignore[attr-defined]
+    return Shard(name, tuple(shape), local, dim, parameter.partition_stride, rank, ranks)  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ checkpoint of one layout continues under any other. What one rank reads is every
 from memory maps.
 
 Commit: write under `step-N.tmp` -> hash from memory -> fsync -> gather the file list -> rank 0 writes a self-hashed manifest
--> fsync -> rename to `step-N` -> fsync the folder. Nothing is ever overwritten, and a resume takes the newest step whose every
-byte verifies.
+-> fsync -> rename to `step-N` -> fsync the folder. Nothing sound is overwritten before its successor is whole, and a resume
+takes the newest step whose every byte verifies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -46,18 +46,17 @@ MEANING = ("heads", "groups", "norm", "norm_position", "norm_eps", "activation",
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one stored tensor belongs: `kind` of `shard`, elements from `start` of the slice of `local_shape`."""
+    """Where one stored tensor belongs: `kind` of `shard`, elements from `start` of its flattened slice."""
 
     kind: str
     shard: Shard
-    local_shape: tuple[int, ...]
     start: int
 
     @staticmethod
     def parse(text: str) -> Piece:
         value = json.loads(text)
-        shard = Shard(**{**value["shard"], "shape": tuple(value["shard"]["shape"])})
-        return Piece(value["kind"], shard, tuple(value["local_shape"]), value["start"])
+        shard: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["shard"].items()}
+        return Piece(value["kind"], Shard(**shard), value["start"])
 
 
 def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep: int = 2) -> Path:
@@ -77,9 +76,10 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
         outcome = f"rank {engine.mesh.rank}: {error}"
     everyone = _gather(outcome, engine.mesh.world)
     failed = [text for text in everyone if isinstance(text, str)]
+    saved = {"counters": state.counters(engine)}
     if not failed and engine.mesh.rank == 0:
         try:
-            _commit(attempt, final, {"version": VERSION, "step": step, **facts, "files": list(chain(*everyone))})
+            _commit(attempt, final, {"version": VERSION, "step": step, **facts, **saved, "files": list(chain(*everyone))})
             prune(folder, keep, step)
         except OSError as error:
             failed = [f"rank 0: {error}"]
@@ -123,7 +123,7 @@ def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
         replica = fragment.shard.dim is None and mesh.at.tensor > 0
         if not (copies or tied_copy or replica):
             for kind, view in fragment.views.items():
-                yield Piece(kind, fragment.shard, fragment.local_shape, fragment.start), view
+                yield Piece(kind, fragment.shard, fragment.start), view
 
 
 def _write(folder: Path, name: str, data: bytes) -> dict[str, Any]:
@@ -224,8 +224,11 @@ def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
-    """The newest checkpoint that verifies (collective when `world` > 1); damaged ones are named and passed over."""
-    for path in steps(folder):
+    """The newest checkpoint that verifies (collective when `world` > 1), None where there is none; damaged ones are named and
+    passed over. ValueError, on every rank, if all are damaged. Rank 0's listing of the folder counts: another node may see an
+    older one."""
+    found_steps = steps(folder) if world == 1 else _gather(steps(folder), world)[0]
+    for path in found_steps:
         found = damages(path, rank, world)
         if world > 1:
             found = list(chain(*_gather(found, world)))
@@ -233,6 +236,8 @@ def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
             return path
         if rank == 0:
             log.warning("checkpoint %s is damaged, falling back: %s", path, "; ".join(sorted(set(found))[:3]))
+    if found_steps:
+        raise ValueError(f"no checkpoint in {folder} is sound: move the folder away to start anew")
     return None
 
 
@@ -266,8 +271,8 @@ class Snapshot:
     def whole(self, name: str, kind: str = "master") -> Tensor:
         """One parameter (or Adam moment) put together, fp32, without vocabulary padding."""
         pieces = self.index[name, kind]
-        first = pieces[0][0]
-        slices = [torch.full(first.local_shape, torch.nan).view(-1) for _ in range(first.shard.ranks)]
+        shard = pieces[0][0].shard
+        slices = [torch.full(shard.local, torch.nan).view(-1) for _ in range(shard.ranks)]
         filled = 0
         for piece, path, key in pieces:
             with safe_open(path, "pt") as tensors:
@@ -276,11 +281,7 @@ class Snapshot:
             filled += tensor.numel()
         if filled != sum(s.numel() for s in slices):
             raise ValueError(f"{self.path}: {name} ({kind}) has {filled} of {sum(s.numel() for s in slices)} elements")
-        return first.shard.merge([s.view(first.local_shape) for s in slices])
-
-    def weights(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Whole master weights by logical name."""
-        return {name: self.whole(name) for name in (names or sorted(self.shapes))}
+        return shard.merge([s.view(shard.local) for s in slices])
 
 
 def load(snapshot: Snapshot, engine: Engine) -> None:
@@ -288,17 +289,14 @@ def load(snapshot: Snapshot, engine: Engine) -> None:
     check_model(snapshot, engine)
     owned = {fragment.shard.name: fragment for fragment in state.fragments(engine)}
     for shard, parameter in list(state.local_parameters(engine)):
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        rows = shape[shard.dim] if shard.dim is not None else 0
         for kind in state.KINDS:
-            local = shard.take(snapshot.whole(shard.name, kind), rows).to(engine.mesh.device)
+            local = shard.take(snapshot.whole(shard.name, kind)).to(engine.mesh.device)
             if fragment := owned.get(shard.name):
                 view = fragment.views[kind]
                 view.copy_(local.reshape(-1)[fragment.start : fragment.start + view.numel()])
             if kind == "master":
                 state.refresh_weights(engine, shard, parameter, local)
-    m = snapshot.manifest
-    state.restore_counters(engine, m["adam_step"], m["step"], m["skipped"])
+    state.restore_counters(engine, snapshot.manifest["step"], snapshot.manifest["counters"])
     engine.mesh.barrier()
 
 

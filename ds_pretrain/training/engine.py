@@ -34,7 +34,8 @@ from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 class StepResult:
     """What one step did, summed over the job.
 
-    sums, totals: per head. grad_norm: before clipping; None where DeepSpeed has none. skipped: steps skipped so far.
+    sums, totals: per head. grad_norm: before clipping; None where DeepSpeed has none, as for a step that fp16's loss scaler
+    skipped. skipped: steps skipped so far.
     """
 
     loss: float
@@ -146,13 +147,28 @@ class Engine(Model):
         """The torch optimizer underneath DeepSpeed's."""
         return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
 
+    @property
+    def scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler of fp16, None elsewhere."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    def _norm(self) -> float | None:
+        """DeepSpeed's norm of the gradient before clipping. A step that the loss scaler skipped has none, unless the scale
+        can fall no further: then the gradient itself overflows."""
+        scaler = self.scaler
+        if scaler and self.deepspeed.optimizer.overflow:
+            return None if scaler.cur_scale > scaler.min_scale else math.inf
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
     def step(self, batches: Sequence[Batch], number: int, lr: float) -> StepResult:
         """Train on this rank's micro-batches of step `number` (counted from 1) at this learning rate."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.mesh.seed(self.seed, number)
-        batches = [to_device(batch, self.mesh.device) for batch in batches]
         totals = self._global({**count_totals(batches, self.objective.heads), "tokens": real_tokens(batches)})
+        batches = [to_device(batch, self.mesh.device) for batch in batches]
         tokens = int(totals.pop("tokens"))
         self.criterion.start(totals)
         norm = self._train(batches)
@@ -195,7 +211,7 @@ class PlainEngine(Engine):
                 if not math.isfinite(norm):
                     return norm  # the step is not taken; the trainer records it and stops
             self.deepspeed.step()
-        return norm if self.stage == 0 else _as_float(self.deepspeed.get_global_grad_norm())
+        return norm if self.stage == 0 else self._norm()
 
     def _evaluate(self, batches: Sequence[Batch]) -> None:
         self.deepspeed.eval()
@@ -268,7 +284,3 @@ def quiet_stdout() -> Iterator[None]:
         return
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _as_float(norm: Any) -> float | None:
-    return None if norm is None else float(norm)

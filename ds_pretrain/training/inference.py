@@ -33,7 +33,7 @@ class FrozenModel(Model):
         folder = Path(output) / "checkpoints"
         path = newest(folder, mesh.rank, mesh.world)
         if path is None:
-            raise ValueError(f"no sound checkpoint in {folder}: train the run first")
+            raise ValueError(f"no checkpoint in {folder}: train the run first")
         self.snapshot = Snapshot(path)
         shape = ModelConfig(**self.snapshot.manifest["model"])
         self.build, self.objective = Build(shape, mesh, objective.kind, shape.positions or 0), objective
@@ -58,5 +58,4 @@ class FrozenModel(Model):
     @torch.no_grad()
     def _load(self) -> None:
         for shard, parameter in shards(self.network, self.mesh.at.tensor, self.mesh.plan.tensor):
-            rows = parameter.shape[shard.dim] if shard.dim is not None else 0
-            parameter.copy_(shard.take(self.snapshot.whole(shard.name), rows))
+            parameter.copy_(shard.take(self.snapshot.whole(shard.name)))

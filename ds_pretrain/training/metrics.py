@@ -21,9 +21,15 @@ PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; does nothing on other ranks."""
+    """Appends to `metrics.jsonl`; without a path (on other ranks) it does nothing.
 
-    def __init__(self, path: Path | None) -> None:
+    step: where the run stands. Lines of later steps, which a run wrote before it fell back to this one, and a last line that
+    a kill cut short are dropped: every step has one line.
+    """
+
+    def __init__(self, path: Path | None, step: int = 0) -> None:
+        if path and path.exists():
+            _cut(path, step)
         self._file = path.open("a", encoding="utf-8") if path else None
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -34,6 +40,15 @@ class MetricsLog:
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+def _cut(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -62,10 +77,16 @@ def _pairs(batch: Batch) -> int:
     return int((batch.attention.horizon[real] - (index - position) + 1).sum())
 
 
-def mfu(model: ModelConfig, attended: float, tokens: int, scored: int, seconds: float, devices: int) -> float | None:
-    """Model FLOP utilisation of one step; None where the device's peak is not known."""
+def mfu(model: ModelConfig, batches: Sequence[Batch], seconds: float, devices: int) -> float | None:
+    """Model FLOP utilisation of `devices` that trained on these batches; None where the device's peak is not known.
+
+    Counted are the pairs that the masks let through and the positions that are scored, not the whole square and rows.
+    """
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    return model.flops(attended, tokens, scored) / seconds / (peak * devices) if peak else None
+    if peak is None:
+        return None
+    scored = sum(int((t.weights != 0).sum()) for batch in batches for t in batch.targets.values())
+    return model.flops(attended_pairs(batches), real_tokens(batches), scored) / seconds / (peak * devices)

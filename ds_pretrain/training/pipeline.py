@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.transformer import Build, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
-from ds_pretrain.training.engine import Engine, _as_float, offloads
+from ds_pretrain.training.engine import Engine, offloads
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
 
@@ -29,7 +29,7 @@ class PipelineEngine(Engine):
 
     def _train(self, batches: Sequence[Batch]) -> float | None:
         self.deepspeed.train_batch(iter([(first_inputs(batch), batch) for batch in batches]))
-        return _as_float(self.deepspeed.get_global_grad_norm())
+        return self._norm()
 
     def _evaluate(self, batches: Sequence[Batch]) -> None:
         feed = iter([(first_inputs(batch), batch) for batch in batches])

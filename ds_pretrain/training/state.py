@@ -7,7 +7,7 @@ part of a parameter that this rank owns; reading and writing its views is all th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,18 @@ from ds_pretrain.parallel.shards import Shard, shards
 from ds_pretrain.training.engine import Engine
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""All that DeepSpeed's dynamic loss scaler remembers."""
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, start + numel) of this tensor rank's flattened slice of a parameter.
 
-    local_shape: shape of that slice. views: fp32 [numel] by kind, writable.
+    views: fp32 [numel] by kind, writable.
     """
 
     shard: Shard
-    local_shape: tuple[int, ...]
     start: int
     views: dict[str, Tensor]
 
@@ -47,8 +48,7 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
             start, master, flat, offset = found
             state = engine.optimizer.state[flat]
             views = {kind: state[kind].view(-1).narrow(0, offset, master.numel()) for kind in KINDS[1:]}
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            yield Fragment(shard, shape, start, {"master": master, **views})
+            yield Fragment(shard, start, {"master": master, **views})
 
 
 def prime(engine: Engine) -> None:
@@ -63,17 +63,25 @@ def prime(engine: Engine) -> None:
                 }
 
 
-def adam_step(engine: Engine) -> int:
-    """Updates that Adam has made (skipped steps do not count)."""
-    return max((int(state["step"]) for state in engine.optimizer.state.values() if state), default=0)
+def counters(engine: Engine) -> dict[str, Any]:
+    """What counts along with the weights: Adam's updates (skipped steps are none), skipped steps, fp16's loss scaler."""
+    updates = max((int(state["step"]) for state in engine.optimizer.state.values() if state), default=0)
+    scaler = engine.scaler
+    return {
+        "adam_step": updates,
+        "skipped": engine.deepspeed.skipped_steps,
+        "loss_scale": {name: getattr(scaler, name) for name in SCALER} if scaler else None,
+    }
 
 
-def restore_counters(engine: Engine, adam: int, step: int, skipped: int) -> None:
-    """Set Adam's step count and DeepSpeed's own counters."""
+def restore_counters(engine: Engine, step: int, saved: Mapping[str, Any]) -> None:
+    """Set them again, and DeepSpeed's own step. A loss scale that only one side has is left as it is."""
     for state in engine.optimizer.state.values():
-        state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), adam)
+        state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), saved["adam_step"])
     engine.deepspeed.global_steps = step
-    engine.deepspeed.skipped_steps = skipped
+    engine.deepspeed.skipped_steps = saved["skipped"]
+    if engine.scaler and saved["loss_scale"]:
+        vars(engine.scaler).update(saved["loss_scale"])
 
 
 def refresh_weights(engine: Engine, shard: Shard, parameter: nn.Parameter, local: Tensor) -> None:

@@ -24,9 +24,9 @@ from ds_pretrain.models.transformer import Build
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
-from ds_pretrain.training import checkpoint, state
+from ds_pretrain.training import checkpoint
 from ds_pretrain.training.engine import Engine, StepResult, create_engine
-from ds_pretrain.training.metrics import MetricsLog, attended_pairs, mfu, real_tokens
+from ds_pretrain.training.metrics import MetricsLog, mfu
 from ds_pretrain.training.optimizer import OptimizerConfig
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class PreTrainer:
 
     def train(self) -> StepResult | None:
         """Run to `max_steps`; returns the last step's result (None if there was nothing left to do)."""
-        metrics = MetricsLog(self.output / "metrics.jsonl" if self.output and self.mesh.rank == 0 else None)
+        metrics = MetricsLog(self.output / "metrics.jsonl" if self.output and self.mesh.rank == 0 else None, self.step)
         loader = Loader(
             self.dataset, self.batch_size, self.micro_batch_size, self.mesh.at.data, self.mesh.data_size, self.cursor
         )
@@ -136,8 +136,6 @@ class PreTrainer:
             "data": self.dataset.digest,
             "cursor": list(self.cursor),
             "tokens": self.tokens,
-            "adam_step": state.adam_step(self.model),
-            "skipped": self.model.deepspeed.skipped_steps,
             "layout": str(self.plan),
             "world": self.mesh.world,
             "seed": self.seed,
@@ -173,9 +171,8 @@ class PreTrainer:
             "tokens_per_second": round(result.tokens / seconds, 1),
             "skipped_steps": result.skipped,
         }
-        scored = sum(int((t.weights != 0).sum()) for b in batches for t in b.targets.values())
-        share = mfu(self.shape, attended_pairs(batches), real_tokens(batches), scored, seconds, 1)
-        return line if share is None else {**line, "mfu": share / self.plan.tensor / self.plan.pipeline}
+        share = mfu(self.shape, batches, seconds, self.plan.tensor * self.plan.pipeline)
+        return line if share is None else {**line, "mfu": share}
 
     def _open(self, output: Path) -> None:
         """Take over the output folder: continue from its newest sound checkpoint, or start it."""
@@ -183,10 +180,7 @@ class PreTrainer:
         if found:
             self._resume(checkpoint.Snapshot(found))
         elif self.mesh.rank == 0:
-            if checkpoint.steps(output / "checkpoints"):
-                raise ValueError(f"no checkpoint in {output / 'checkpoints'} is sound: move the folder away to start anew")
             output.mkdir(parents=True, exist_ok=True)
-            (output / "metrics.jsonl").unlink(missing_ok=True)
         if self.mesh.rank == 0 and self.facts:
             (output / "run.yaml").write_text(yaml.safe_dump(self.facts, sort_keys=False), encoding="utf-8")
         self.mesh.barrier()

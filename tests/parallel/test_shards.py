@@ -29,9 +29,10 @@ def cases(count=150):
 @pytest.mark.parametrize(("shape", "dim", "stride", "ranks", "rows"), cases())
 def test_slices_merge_into_the_whole(shape, dim, stride, ranks, rows):
     whole = torch.arange(1, 1 + torch.Size(shape).numel()).view(shape)
-    parts = [Shard("x", shape, dim, stride, rank, ranks) for rank in range(ranks)]
-    slices = [part.take(whole, rows) for part in parts]
-    assert {s.shape[dim] for s in slices} == {rows}
+    local = (*shape[:dim], rows, *shape[dim + 1 :])
+    parts = [Shard("x", shape, local, dim, stride, rank, ranks) for rank in range(ranks)]
+    slices = [part.take(whole) for part in parts]
+    assert {tuple(s.shape) for s in slices} == {local}
     assert torch.equal(parts[0].merge(slices), whole)
     kept = torch.cat([s.flatten() for s in slices])
     assert torch.equal(kept[kept != 0].sort().values, whole.flatten())  # each element once; what is added is zero
@@ -39,13 +40,13 @@ def test_slices_merge_into_the_whole(shape, dim, stride, ranks, rows):
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4)])
 def test_a_replica_is_the_whole(shape):
-    shard, whole = Shard("x", shape), torch.randn(shape)
-    assert torch.equal(shard.take(whole, 0), whole) and torch.equal(shard.merge([whole, whole]), whole)
+    shard, whole = Shard("x", shape, shape), torch.randn(shape)
+    assert torch.equal(shard.take(whole), whole) and torch.equal(shard.merge([whole, whole]), whole)
 
 
 def test_padding_rows_are_zero_and_at_the_end():
     whole = torch.ones(509, 2)
-    slices = [Shard("word.weight", (509, 2), 0, 1, rank, 4).take(whole, 128) for rank in range(4)]
+    slices = [Shard("word.weight", (509, 2), (128, 2), 0, 1, rank, 4).take(whole) for rank in range(4)]
     assert [int(s[:, 0].sum()) for s in slices] == [128, 128, 128, 125]
     assert not slices[3][125:].any()
 
@@ -54,7 +55,7 @@ def test_a_slice_of_swiglu_is_a_slice_of_the_gate_and_the_same_slice_of_the_up_p
     gate, up = torch.arange(8), torch.arange(100, 108)
     whole = torch.cat([gate, up])
     for rank in range(4):
-        part = Shard("fc1", (16,), 0, 2, rank, 4).take(whole, 4)
+        part = Shard("fc1", (16,), (4,), 0, 2, rank, 4).take(whole)
         assert part.tolist() == [2 * rank, 2 * rank + 1, 100 + 2 * rank, 101 + 2 * rank]
 
 
@@ -87,7 +88,7 @@ def test_every_parameter_is_described_once_and_divided_as_megatron_does(mesh, st
     assert sorted(map(id, found.values())) == sorted(map(id, network.parameters()))
     assert len({shard.name for shard in found}) == len(found)
     for shard, parameter in found.items():
-        assert shard.shape == tuple(parameter.shape)
+        assert shard.shape == shard.local == tuple(parameter.shape)
         dim, stride = next((v for k, v in DIVIDED.items() if shard.name.endswith(k)), (None, 1))
         if style == "llama" and "linear_fc1" in shard.name:
             stride = 2
@@ -116,13 +117,13 @@ def test_initial_weights_do_not_depend_on_the_tensor_ranks(mesh, style, ranks):
     network, found = described(mesh, style)
     initialise(network, Build(STYLES[style], mesh), 5)
     for shard, parameter in found.items():
-        rows = 0 if shard.dim is None else -(-parameter.shape[shard.dim] // ranks)
-        parts = [replace(shard, rank=rank, ranks=ranks) for rank in range(ranks)]
-        slices = [part.take(initial_value(part, STYLES[style], 5), rows) for part in parts]
-        assert torch.equal(parts[0].merge(slices), parameter), shard.name
+        local = list(shard.shape)
         if shard.dim is not None:
-            assert all(s.shape[shard.dim] == rows for s in slices)
-            assert slices[0].numel() < parameter.numel()
+            local[shard.dim] = -(-local[shard.dim] // ranks)
+        parts = [replace(shard, local=tuple(local), rank=rank, ranks=ranks) for rank in range(ranks)]
+        slices = [part.take(initial_value(part.name, part.shape, STYLES[style], 5)) for part in parts]
+        assert torch.equal(parts[0].merge(slices), parameter), shard.name
+        assert all(s.shape == part.local for s, part in zip(slices, parts, strict=True))
 
 
 def test_a_slice_of_qkv_holds_whole_groups(mesh):
@@ -130,7 +131,7 @@ def test_a_slice_of_qkv_holds_whole_groups(mesh):
     model = STYLES["llama"]
     whole = torch.arange(2).repeat_interleave(4 * model.head_dim)[:, None].expand(-1, 32)
     for rank in range(2):
-        part = Shard("qkv", (64, 32), 0, 1, rank, 2).take(whole, 32)
+        part = Shard("qkv", (64, 32), (32, 32), 0, 1, rank, 2).take(whole)
         assert part.unique().tolist() == [rank]
     shard = next(s for s in described(mesh, "llama")[1] if s.name.endswith("linear_qkv.weight"))
     assert shard.shape == (64, 32)

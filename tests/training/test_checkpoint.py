@@ -16,6 +16,7 @@ import xxhash
 
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import checkpoint, state
 from ds_pretrain.training.checkpoint import Snapshot, damages, newest, steps
 from ds_pretrain.training.trainer import PreTrainer
@@ -57,8 +58,7 @@ def test_a_snapshot_holds_every_parameter_and_kind(run):
     for (name, kind), _ in snapshot.index.items():
         whole, shard = snapshot.whole(name, kind), fragments[name].shard
         assert whole.shape == shard.shape == snapshot.shapes[name] and whole.dtype == torch.float32
-        local = shard.take(whole, fragments[name].local_shape[shard.dim or 0])
-        assert torch.equal(local.reshape(-1), fragments[name].views[kind])
+        assert torch.equal(shard.take(whole).reshape(-1), fragments[name].views[kind])
     assert damages(snapshot.path) == [] and newest(run.output / "checkpoints") == snapshot.path
 
 
@@ -100,7 +100,7 @@ def test_a_file_that_does_not_belong_is_found(folder):
         (folder / "step-4" / name).unlink()
 
 
-@pytest.mark.parametrize("edit", [("step", 3), ("skipped", 1), ("cursor", [0, 0]), ("files", [])])
+@pytest.mark.parametrize("edit", [("step", 3), ("counters", {}), ("cursor", [0, 0]), ("files", [])])
 def test_an_edited_manifest_is_found(folder, edit):
     path = folder / "step-4" / "manifest.json"
     sealed = json.loads(path.read_bytes())
@@ -132,9 +132,21 @@ def test_pruning_never_prefers_a_damaged_checkpoint_of_a_later_step(data, folder
 def test_nothing_sound_is_refused(data, folder):
     for path in steps(folder):
         (path / "manifest.json").unlink()
-    assert newest(folder) is None
+    for read in (lambda: newest(folder), lambda: trainer(data, folder.parent)):
+        with pytest.raises(ValueError, match="is sound: move the folder away"):
+            read()
+
+
+def refused(data, output):
     with pytest.raises(ValueError, match="is sound: move the folder away"):
-        trainer(data, folder.parent)
+        trainer(data, output)
+    return True
+
+
+def test_nothing_sound_is_refused_on_every_rank(data, folder):
+    for path in steps(folder):
+        (path / "manifest.json").unlink()
+    assert spawn(2, refused, data, folder.parent)
 
 
 @pytest.mark.parametrize(

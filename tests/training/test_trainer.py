@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from ds_pretrain import (
     evaluate_perplexity,
 )
 from ds_pretrain.core.attention import AttentionPattern
-from ds_pretrain.core.batch import Batch
+from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
@@ -148,6 +150,43 @@ def test_bf16_trains_close_to_fp32(data, run, tmp_path):
     assert losses(tmp_path) != losses(run.output)
 
 
+FP16 = {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+
+
+def test_fp16_skips_overflows_until_the_scale_fits_and_resumes_with_it(data, tmp_path, fp16):
+    straight = trainer(data, tmp_path / "a", max_steps=40, save_every=30, deepspeed=FP16)
+    straight.train()
+    skipped = [line["skipped_steps"] for line in lines(tmp_path / "a")]
+    norms = [line["grad_norm"] for line in lines(tmp_path / "a")]
+    assert skipped[0] == 1 and 10 < skipped[-1] < 30 and skipped[29] == skipped[-1]
+    assert [norm is None for norm in norms] == [b > a for a, b in zip([0, *skipped], skipped, strict=False)]
+    assert straight.model.scaler.cur_scale == 2.0 ** (40 - skipped[-1])
+    shutil.copytree(tmp_path / "a/checkpoints/step-30", tmp_path / "b/checkpoints/step-30")
+    resumed = trainer(data, tmp_path / "b", max_steps=40, deepspeed=FP16)
+    assert resumed.step == 30 and vars(resumed.model.scaler)["cur_scale"] == 2.0 ** (40 - skipped[-1])
+    resumed.train()
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[30:]
+    assert vars(resumed.model.scaler) == vars(straight.model.scaler)
+
+
+def test_fp16_stops_when_the_scale_can_fall_no_further(data, tmp_path, fp16):
+    config = {**FP16, "fp16": {**FP16["fp16"], "initial_scale_power": 36, "min_loss_scale": 2**33}}
+    with pytest.raises(DivergedError, match=r"step 3: .*gradient norm inf"):
+        trainer(data, tmp_path, max_steps=40, deepspeed=config).train()
+    assert lines(tmp_path)[-1]["skipped_steps"] == 3
+
+
+def test_a_resumed_run_has_one_line_for_each_step(data, tmp_path):
+    trainer(data, tmp_path, max_steps=5, save_every=2, eval_every=5, keep=9).train()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints/step-5")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    trainer(data, tmp_path, max_steps=5, save_every=2, eval_every=5).train()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 5]
+    assert losses(tmp_path) == [json.loads(line)["loss"] for line in whole.splitlines()[:5]]
+
+
 def test_an_objective_the_dataset_was_not_made_for_is_refused(data, tmp_path):
     dataset = PretrainingDataset(data, seq_len=32, objective="mlm")
     for objective in (CausalLanguageModeling(), MaskedLanguageModeling(mask_prob=0.3)):
@@ -221,12 +260,14 @@ def test_flops_are_six_per_weight_and_token_and_twelve_per_pair_layer_and_width(
 
 
 def test_mfu_is_the_share_of_the_peak_and_unknown_on_other_devices(monkeypatch):
-    model = ModelConfig(layers=2, hidden=32, heads=4, vocab=100)
+    model, segment = ModelConfig(layers=2, hidden=32, heads=4, vocab=100), [[1, 1, 1, 2, 2, 0]]
+    weights = torch.tensor([[1.0, 1.0, 0.0, 0.5, 0.0, 0.0]])
+    batch = replace(packed(segment, AttentionPattern.causal), targets={"clm": Target(weights.long(), weights, 2.5)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert metrics.mfu(model, 1, 1, 1, 1.0, 1) is None
+    assert metrics.mfu(model, [batch], 1.0, 1) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    share = model.flops(50, 10, 7) / 0.5 / (2 * 989.5e12)
-    assert metrics.mfu(model, 50, 10, 7, 0.5, 2) == pytest.approx(share)
+    share = model.flops(6 + 3, 5, 3) / 0.5 / (2 * 989.5e12)
+    assert metrics.mfu(model, [batch], 0.5, 2) == pytest.approx(share)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
-    assert metrics.mfu(model, 50, 10, 7, 0.5, 2) is None
+    assert metrics.mfu(model, [batch], 0.5, 2) is None
