@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Pre-training objectives for language models, under any DeepSpeed and megatron-core layout.\n\n"
     "Start with: prepare a corpus, preview an objective on it, train a run, eval it, generate from it.",
 )
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a log is no 80 columns wide
 err = Console(stderr=True, highlight=False)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]

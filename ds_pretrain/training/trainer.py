@@ -115,7 +115,10 @@ class PreTrainer:
                 bar.update(task, completed=self.step, shown=f"loss {result.loss:.4f}")
                 last = self.step == self.max_steps
                 if self.eval_every and (self.step % self.eval_every == 0 or last):
-                    metrics.write({"step": self.step, "tokens": self.tokens, **self.evaluate("validation")})
+                    found = self.evaluate("validation")
+                    metrics.write({"step": self.step, "tokens": self.tokens, **found})
+                    if self.progress:
+                        bar.console.print(self._told(found), highlight=False)
                 if self.output and (last or (self.save_every and self.step % self.save_every == 0)):
                     self.save()
         metrics.close()
@@ -196,6 +199,12 @@ class PreTrainer:
         self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
         if self.mesh.rank == 0:
             log.warning("resuming from %s at step %d of %d", snapshot.path, self.step, self.max_steps)
+
+    def _told(self, found: Mapping[str, Any]) -> str:
+        """One line on an evaluation, for whoever watches or reads the log."""
+        shown = {"loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "accuracy": ".2%"}
+        figures = ", ".join(f"{key.replace('_', ' ')} {found[key]:{form}}" for key, form in shown.items() if key in found)
+        return f"step {self.step:,} of {self.max_steps:,}: {found['split']} {figures}"
 
     def _bar(self) -> Progress:
         return Progress(
