@@ -142,6 +142,16 @@ class RunConfig(_Section):
                 f"model.norm_position post (BERT) is an encoder's, objective {objective.name} is causal: use a gpt or llama "
                 "preset, or model.norm_position=pre"
             )
+        if objective.token_types > self.model.token_types:
+            yield (
+                f"objective {objective.name} uses {objective.token_types} token types, model.token_types is "
+                f"{self.model.token_types}: use a bert preset, or model.token_types={objective.token_types}"
+            )
+        if objective.generator and self.parallel.pipeline > 1:
+            yield (
+                f"objective {objective.name} trains two networks and does not run with parallel.pipeline "
+                f"{self.parallel.pipeline}: set it to 1"
+            )
 
     def _check_layout(self, world: int) -> Iterator[str]:
         p, m, b = self.parallel, self.model, self.batch

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -60,12 +60,14 @@ class Example:
     horizon: int32 [n], the last position a query may see, counted from the example's own start.
     targets: by head name.
     token_type: int32 [n] or None where the objective has no token types.
+    then: further parts of the same example, each laid behind as a segment of its own (SimCSE's second view).
     """
 
     inputs: np.ndarray
     horizon: np.ndarray
     targets: Mapping[str, Target[np.ndarray]]
     token_type: np.ndarray | None = None
+    then: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +101,22 @@ class Head:
 
     classes: how many classes it has; None is the vocabulary.
     coefficient: the factor of its loss in the sum of losses.
+    group: heads of one group share one divisor, the sum of their totals; None: a divisor of its own.
+    activation: between the two matrices of a head with classes: BERT's pooler has tanh, ELECTRA's discriminator gelu.
     """
 
     name: str
     classes: int | None = None
     coefficient: float = 1.0
+    group: str | None = None
+    activation: Literal["tanh", "gelu"] = "tanh"
 
 
 class Readout(Protocol):
     """The model's answers for one micro-batch. Hides tensor parallelism from the objective."""
 
     tokens: Tensor
+    """What the model read: the inputs of the batch, unless a generator has filled them."""
 
     def nll(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
         """Negative log-likelihood (nats, fp32 [B, S]); computed where the weight is not 0, and 0 elsewhere."""
@@ -123,10 +130,18 @@ class Readout(Protocol):
         """Final hidden states, [B, S, H]."""
         ...
 
+    def embed(self, head: str, chosen: Tensor) -> Tensor:
+        """The hidden layer of a head with classes, at the chosen positions (bool [B, S]), row by row: [n, H]."""
+        ...
+
 
 class Comm(Protocol):
     """What an objective may ask of the other data-parallel ranks."""
 
-    def gather(self, x: Tensor) -> Tensor: ...
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all data ranks in rank order, however many each has; gradients flow back to their owners."""
+        ...
 
-    def index(self) -> int: ...
+    def before(self, count: int) -> int:
+        """The sum of `count` over the data ranks before this one."""
+        ...

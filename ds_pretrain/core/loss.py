@@ -21,8 +21,17 @@ def step_loss(sums: Mapping[str, Tensor], totals: Mapping[str, float], heads: Se
     all micro-batches and data ranks before the first backward pass. scale: accumulation steps times data ranks, which
     undoes the engine's own divisions. A head without a single target in the step contributes exactly 0.
     """
-    parts = [sums[h.name] * (h.coefficient * scale / totals[h.name] if totals[h.name] else 0.0) for h in heads]
+    share = divisors(totals, heads)
+    parts = [sums[h.name] * (h.coefficient * scale / share[h.name] if share[h.name] else 0.0) for h in heads]
     return sum(parts[1:], start=parts[0])
+
+
+def divisors(totals: Mapping[str, float], heads: Sequence[Head]) -> dict[str, float]:
+    """What each head's sum is divided by: its own total, or that of its whole group."""
+    return {
+        h.name: sum(totals[other.name] for other in heads if other.group == h.group) if h.group else totals[h.name]
+        for h in heads
+    }
 
 
 def count_totals(batches: Sequence[Batch], heads: Sequence[Head]) -> dict[str, float]:
@@ -32,4 +41,5 @@ def count_totals(batches: Sequence[Batch], heads: Sequence[Head]) -> dict[str, f
 
 def weighted_mean(sums: Mapping[str, float], totals: Mapping[str, float], heads: Sequence[Head]) -> float:
     """The loss a person reads: every head's global sum over its global total, times its coefficient."""
-    return sum(h.coefficient * sums[h.name] / totals[h.name] for h in heads if totals[h.name])
+    share = divisors(totals, heads)
+    return sum(h.coefficient * sums[h.name] / share[h.name] for h in heads if share[h.name])

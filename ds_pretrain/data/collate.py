@@ -63,6 +63,7 @@ class Layout(NamedTuple):
 
 def collate(rows: Sequence[Sequence[Example]], objective: Objective, vocab: Vocabulary, seq_len: int) -> Batch:
     """Rows of examples as a batch; a row without any is all padding and contributes exactly 0."""
+    rows = [[part for e in row for part in (e, *e.then)] for row in rows]
     made = [e for row in rows for e in row]
     layout = Layout.of([len(row) for row in rows], np.array([len(e.inputs) for e in made], dtype=np.int64), seq_len)
     following = iter(made)

@@ -8,7 +8,8 @@ data ranks, on worker counts or on where a run was resumed. Each epoch is a whol
 exactly once. The price: the last row of a block may stay unfilled (0.1% of positions), and the first row waits for one
 block's plan (milliseconds).
 
-A sample's number is `epoch * pieces + piece`; evaluation is the epoch -1, whose masks are the same every time.
+A sample's number is `(epoch * pieces + piece) * variants + variant`: which of a mixture's objectives makes it is drawn
+before a token is read. Evaluation is the epoch -1, whose masks are the same every time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Batch, Document, Example
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import Layout, collate, collate_causal
-from ds_pretrain.data.order import permute
+from ds_pretrain.data.order import permute, uniform
 from ds_pretrain.data.packing import Cut, Packing, Pieces, alone, pack, waste
 from ds_pretrain.data.store import Store
 from ds_pretrain.data.tokenizer import TextTokenizer
@@ -82,12 +83,17 @@ class Samples:
         refuse(objective.check(vocab, seq_len))
         self.store, self.vocab, self.seq_len, self.source, self.seed = store, vocab, seq_len, source, seed
         self.objective = objective
-        self.pieces = Pieces(np.asarray(store.lengths, np.int64) - (not objective.eod), objective.piece(seq_len))
+        usable = np.asarray(store.lengths, np.int64) - (not objective.eod)
+        self.pieces = Pieces(usable, objective.piece(seq_len), objective.shortest)
+        self.variants = objective.variants
         refuse(self._problems())
         self.blocks = self._blocks()
         self._planned: tuple[int, list[Row]] = (-1, [])
         if self.pieces.unusable:
-            log.warning("%s: %d documents are empty and give no example", source, self.pieces.unusable)
+            log.warning(
+                "%s: %d documents have fewer than %d tokens and give no example of %s",
+                source, self.pieces.unusable, objective.shortest, objective.name,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         """Pieces, that is samples per epoch."""
@@ -97,7 +103,10 @@ class Samples:
     def digest(self) -> str:
         """Changes with everything that gives a cursor its meaning."""
         objective, size = self.objective, self.pieces.size
-        shape = (size, int(objective.size(np.array([size]))[0]), int(objective.packed), int(objective.eod))
+        longest = int(objective.size(np.array([size]))[0])
+        shape: tuple[int | str, ...] = (size, longest, int(objective.packed), int(objective.eod))
+        if len(self.variants) > 1:
+            shape += (repr(objective),)
         return f"{rng.key(self.store.digest, self.source, self.seed, self.seq_len, *shape):032x}"
 
     def piece(self, i: int) -> Document:
@@ -142,14 +151,20 @@ class Samples:
         rows: list[Row] = []
         for start in range(0, pieces, BLOCK_PIECES):
             chunk = np.arange(start, min(start + BLOCK_PIECES, pieces))
-            rows += self._pack(self._sizes(chunk)).rows(chunk + EVALUATION * len(self))
+            rows += self._rows(EVALUATION, chunk, np.full(len(chunk), np.iinfo(np.int64).max))
         text = np.asarray(self.store.text[:count], dtype=np.int64).sum(axis=0)
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
     def waste(self, block: int = 0) -> float:
         """The share of positions of a block that hold no example."""
-        sizes = self._sizes(self._ordered(block)[1])
+        epoch, pieces, ordinal = self._ordered(block)
+        sizes = self._sizes(pieces, self._variant(epoch, pieces, ordinal))
         return waste(sizes, self._pack(sizes), self.seq_len)
+
+    def decode(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(epoch, piece, variant) of sample numbers."""
+        samples, variant = np.divmod(np.asarray(samples, dtype=np.int64), len(self.variants))
+        return *np.divmod(samples, len(self)), variant
 
     def _problems(self) -> list[str]:
         problems, documents = [], int(np.count_nonzero(self.pieces.usable))
@@ -167,32 +182,47 @@ class Samples:
 
     def _plan(self, block: int) -> list[Row]:
         if self._planned[0] != block:
-            epoch, pieces = self._ordered(block)
-            rows = self._pack(self._sizes(pieces)).rows(epoch * len(self) + pieces)
+            rows = self._rows(*self._ordered(block))
             # Packing leaves rows of long pieces in front: without a shuffle the lengths would drift within a block.
             shuffled = rng.generator("rows", self.seed, block, self.source).permutation(len(rows)).tolist()
             self._planned = (block, [rows[i] for i in shuffled])
         return self._planned[1]
 
-    def _ordered(self, block: int) -> tuple[int, np.ndarray]:
+    def _rows(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> list[Row]:
+        """These pieces as packed rows of samples."""
+        variant = self._variant(epoch, pieces, ordinal)
+        samples = (epoch * len(self) + pieces) * len(self.variants) + variant
+        return self._pack(self._sizes(pieces, variant)).rows(samples)
+
+    def _ordered(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """A block's epoch, its pieces in order, and how many samples come before each."""
         epoch, part = divmod(block, self.blocks)
         first, stop = (len(self) * i // self.blocks for i in (part, part + 1))
-        return epoch, permute(np.arange(first, stop), len(self), self.seed, epoch, self.source)
+        places = np.arange(first, stop)
+        return epoch, permute(places, len(self), self.seed, epoch, self.source), epoch * len(self) + places
 
-    def _sizes(self, pieces: np.ndarray) -> np.ndarray:
+    def _variant(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
+        """Which of the objective's variants makes each sample."""
+        if len(self.variants) == 1:
+            return np.zeros(len(pieces), dtype=np.int64)
+        return self.objective.pick(uniform(pieces, self.seed, _when(epoch), self.source, self.objective.name), ordinal)
+
+    def _sizes(self, pieces: np.ndarray, variant: np.ndarray) -> np.ndarray:
         cut = self.pieces.cut(pieces)
-        return self.objective.size(cut.stop - cut.start)
+        tokens = cut.stop - cut.start
+        return np.choose(variant, [each.size(tokens) for each in self.variants])
 
     def _pack(self, sizes: np.ndarray) -> Packing:
         return pack(sizes, self.seq_len) if self.objective.packed else alone(sizes)
 
     def _examples(self, samples: Sequence[int]) -> list[Example]:
-        epochs, pieces = np.divmod(np.asarray(samples, dtype=np.int64), len(self))
+        epochs, pieces, variants = self.decode(np.asarray(samples))
         chosen = [pieces, *(self._partners(epochs, pieces, k) for k in range(1, self.objective.documents))]
         columns = [self._documents(self.pieces.cut(column)) for column in chosen]
+        numbers = zip(epochs.tolist(), pieces.tolist(), variants.tolist(), strict=True)
         return [
-            self.objective.example(docs, self.vocab, self.seq_len, self._generator(epoch, piece))
-            for docs, epoch, piece in zip(zip(*columns, strict=True), epochs.tolist(), pieces.tolist(), strict=True)
+            self.variants[variant].example(docs, self.vocab, self.seq_len, self._generator(epoch, piece))
+            for docs, (epoch, piece, variant) in zip(zip(*columns, strict=True), numbers, strict=True)
         ]
 
     def _documents(self, cut: Cut) -> list[Document]:
@@ -215,8 +245,7 @@ class Samples:
         return drawn + np.where(drawn >= first, stop - first, 0)
 
     def _generator(self, epoch: int, piece: int, *use: int) -> np.random.Generator:
-        when = "evaluation" if epoch == EVALUATION else epoch
-        return rng.generator(self.seed, when, self.source, piece, self.objective.name, *use)
+        return rng.generator(self.seed, _when(epoch), self.source, piece, self.objective.name, *use)
 
 
 class PretrainingDataset(Samples):
@@ -248,6 +277,10 @@ class PretrainingDataset(Samples):
     def split(self, name: str) -> PretrainingDataset:
         """Another split of the same folder under the same settings."""
         return PretrainingDataset(self.data_path, self.tokenizer, self.seq_len, self.objective, name, self.seed)
+
+
+def _when(epoch: int) -> int | str:
+    return "evaluation" if epoch == EVALUATION else epoch
 
 
 def refuse(problems: Iterable[str]) -> None:

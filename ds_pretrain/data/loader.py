@@ -67,6 +67,7 @@ class Loader:
     def close(self) -> None:
         """Stops the thread after the step it is making. Safe to call twice."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
 
     def _build(self) -> Step:
         """Runs in the one thread, so the cursor moves in order."""

@@ -29,6 +29,13 @@ def permute(index: np.ndarray, n: int, *key: int | str) -> np.ndarray:
     return index.astype(np.int64)
 
 
+def uniform(index: np.ndarray, *key: int | str) -> np.ndarray:
+    """A number in [0, 1) for each index, a pure function of index and key."""
+    first, second = rng.generator("uniform", *key).integers(1 << 63, size=2, dtype=np.uint64)
+    mixed = _mix(_mix(np.asarray(index).astype(np.uint64) + first) + second)
+    return (mixed >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+
 def _network(index: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     """One bijection of [0, 2^bits). The halves take turns in changing each other, so they may differ by a bit."""
     low = np.uint64(bits // 2)

@@ -25,22 +25,26 @@ class Cut(NamedTuple):
 class Pieces:
     """The pieces of all documents, numbered in their natural order.
 
-    usable: tokens of each document that examples are made from. size: the most that one piece takes. A document without
-    a usable token has no piece; `unusable` counts those.
+    usable: tokens of each document that examples are made from. size: the most that one piece takes. shortest: the least;
+    a document with fewer has no piece, and `unusable` counts those. A last piece that would be shorter takes what it lacks
+    from the one before it.
     """
 
-    def __init__(self, usable: np.ndarray, size: int) -> None:
-        self.usable, self.size = usable, size
-        self.ends = np.cumsum(-(-usable // size), dtype=np.int64)
-        self.unusable = int(np.count_nonzero(usable == 0))
+    def __init__(self, usable: np.ndarray, size: int, shortest: int = 1) -> None:
+        self.usable, self.size, self.shortest = usable, size, shortest
+        self.ends = np.cumsum(np.where(usable < shortest, 0, -(-usable // size)), dtype=np.int64)
+        self.unusable = int(np.count_nonzero(usable < shortest))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def cut(self, piece: np.ndarray) -> Cut:
         document = np.searchsorted(self.ends, piece, side="right")
-        start = (piece - self.first(document)) * self.size
-        return Cut(document, start, np.minimum(start + self.size, self.usable[document]))
+        number, usable = piece - self.first(document), self.usable[document]
+        start = np.minimum(number * self.size, usable - self.shortest)
+        follows = piece + 1 < self.ends[document]
+        stop = np.where(follows, np.minimum((number + 1) * self.size, usable - self.shortest), usable)
+        return Cut(document, np.where(number > 0, start, 0), stop)
 
     def first(self, document: np.ndarray) -> np.ndarray:
         """The number of each document's first piece; of the next document's where it has none."""

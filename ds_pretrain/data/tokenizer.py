@@ -29,7 +29,7 @@ import xxhash
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ds_pretrain.core.registry import unknown
-from ds_pretrain.core.vocabulary import SENTINELS, Vocabulary
+from ds_pretrain.core.vocabulary import SENTINELS, Codec, Vocabulary
 from ds_pretrain.data import corpus
 
 Kind = Literal["bpe", "wordpiece", "unigram", "sp_bpe"]
@@ -71,6 +71,8 @@ class Engine(Protocol):
 
     def piece(self, token: int) -> str: ...
 
+    def surface(self, token: int) -> str: ...
+
 
 class _Json:
     """A `tokenizer.json` of the tokenizers library."""
@@ -96,6 +98,12 @@ class _Json:
 
     def piece(self, token: int) -> str:
         return self.raw.id_to_token(token) or ""
+
+    def surface(self, token: int) -> str:
+        piece = self.piece(token)
+        if isinstance(self.raw.model, models.WordPiece):
+            return piece.removeprefix("##") if piece.startswith("##") else f" {piece}"
+        return piece.replace("▁", " ") if "▁" in piece else self.raw.decode([token], skip_special_tokens=False)
 
 
 class _Model:
@@ -124,6 +132,10 @@ class _Model:
 
     def piece(self, token: int) -> str:
         return self.raw.id_to_piece(token)
+
+    def surface(self, token: int) -> str:
+        piece = self.piece(token)
+        return self.raw.decode([token]) if self.raw.is_byte(token) else piece.replace("▁", " ")
 
 
 ENGINES: Mapping[str, Callable[[bytes], Engine]] = {"tokenizer.json": _Json, "tokenizer.model": _Model}
@@ -231,7 +243,14 @@ class TextTokenizer:
         pad, unk, eod, cls, sep, mask = (self.specials[name] for name in REQUIRED)
         sentinels = tuple(self.specials[name] for name in SENTINEL_NAMES if name in self.specials)
         everything = frozenset(self.specials.values())
-        return Vocabulary(len(self), pad, eod, unk, cls, sep, mask, sentinels, everything)
+        return Vocabulary(
+            len(self), pad, eod, unk, cls, sep, mask, sentinels, everything,
+            names=dict(self.specials), surfaces=self._surfaces, codec=Codec(self.encode, self.decode),
+        )  # fmt: skip
+
+    def _surfaces(self) -> list[str]:
+        """The text of every id, with the space that its vocabulary keeps in front of words."""
+        return ["" if i in self._names else self._engine.surface(i) for i in range(len(self))]
 
     @cached_property
     def _size(self) -> int:

@@ -159,13 +159,12 @@ def expected(objective: str, steps: int) -> tuple[list[float], dict[str, Tensor]
 
 def observed(case: Case, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """The same by the engine of this case (collective); gradients on rank 0 only."""
-    from ds_pretrain.models.transformer import Build
-    from ds_pretrain.training.engine import create_engine
+    from ds_pretrain.training.engine import build_for, create_engine
     from ds_pretrain.training.optimizer import OptimizerConfig
 
     mesh = Mesh.build(case.plan)
     objective = create(case.objective)
-    build = Build(model_for(case.objective), mesh, objective.kind, SEQ_LEN)
+    build = build_for(objective, model_for(case.objective), mesh, SEQ_LEN)
     micro = ROWS // mesh.data_size // case.accumulation
     engine = create_engine(build, objective, OptimizerConfig(lr=LR), _deepspeed(case, micro), SEED)
     losses: list[float] = []

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from ds_pretrain.core.batch import Head as HeadSpec
 from ds_pretrain.core.batch import Stream
 from ds_pretrain.models.norm import Norm
 from ds_pretrain.parallel import cross_entropy
@@ -38,23 +40,43 @@ class Bias(nn.Module):
         return logits + self.bias
 
 
+class Classifier(nn.Module):
+    """A head with classes: dense, activation, and a matrix of that many rows; without classes the hidden layer alone.
+
+    BERT's pooler and pair head, ELECTRA's discriminator, SimCSE's projection. Small, so every tensor rank has it whole.
+    """
+
+    def __init__(self, build: Build, head: HeadSpec) -> None:
+        super().__init__()
+        hidden = build.model.hidden
+        self.dense = nn.Linear(hidden, hidden)
+        self.activation = nn.Tanh() if head.activation == "tanh" else nn.GELU()
+        self.out = nn.Linear(hidden, head.classes) if head.classes else None
+
+    def forward(self, hidden: Tensor, embed: bool = False) -> Tensor:
+        """[n, H] -> logits [n, classes], or the hidden layer [n, H]."""
+        x = self.activation(self.dense(hidden))
+        return x if embed or self.out is None else self.out(x)
+
+
 class Head(nn.Module):
-    """The layer before the output matrix: final norm, BERT's transform. Stream -> Answers."""
+    """The layer before the output matrix: final norm, BERT's transform, heads with classes. Stream -> Answers."""
 
-    logical = "head"
-
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, logical: str = "head") -> None:
         super().__init__()
         m = build.model
-        self.build = build
-        pre, transform = m.norm_position == "pre", m.head_transform
-        self.final_norm = self._norm() if pre else None
-        self.dense = nn.Linear(m.hidden, m.hidden) if transform else None
-        self.dense_norm = self._norm() if transform else None
+        self.build, self.logical = build, logical
+        self.classifiers = nn.ModuleDict(
+            {head.name.replace(".", "_"): Classifier(build, head) for head in build.heads if head.classes is not None}
+        )
+        transform = build.predicts_words and (m.head_transform or build.embedding != m.hidden)
+        self.final_norm = self._norm(m.hidden) if m.norm_position == "pre" else None
+        self.dense = nn.Linear(m.hidden, build.embedding) if transform else None
+        self.dense_norm = self._norm(build.embedding) if transform else None
         self.output_bias = Bias(build) if transform else None
 
-    def _norm(self) -> Norm:
-        norm = Norm(self.build.megatron, self.build.model.hidden, self.build.model.norm_eps)
+    def _norm(self, width: int) -> Norm:
+        norm = Norm(self.build.megatron, width, self.build.model.norm_eps)
         for parameter in norm.parameters():  # computed on whole sequences: nothing to sum over tensor ranks
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
         return norm
@@ -67,7 +89,7 @@ class Head(nn.Module):
         return Answers(self, hidden.transpose(0, 1), stream.tokens)
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """BERT's dense, activation and norm; [n, H] -> [n, H]."""
+        """BERT's dense, activation and norm; [n, H] -> [n, width of the vocabulary matrix]."""
         if self.dense is None or self.dense_norm is None:
             return hidden
         return self.dense_norm(self.build.megatron.activation_func(self.dense(hidden)))
@@ -87,14 +109,37 @@ class Head(nn.Module):
         return self.build.mesh.at.tensor * logits.shape[-1]
 
 
+def row_keys(tokens: Tensor) -> Tensor:
+    """int64 [B, S]: a hash of the whole row and the position."""
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    row = mix(tokens + (place << 32)).sum(1, keepdim=True)  # wraps around by intent
+    return mix(row + place)
+
+
+def gumbel(key: Tensor, first: int, count: int) -> Tensor:
+    """Standard Gumbel noise fp32 [n, count] for ids from `first` on; a pure function of key [n] and id."""
+    ids = torch.arange(first, first + count, device=key.device)
+    uniform = ((mix(key[:, None] + (ids << 20)) & ((1 << 24) - 1)).float() + 0.5) / (1 << 24)
+    return -torch.log(-torch.log(uniform))
+
+
+def mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, whose right shifts are made logical here."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
 @dataclass(frozen=True)
 class Answers:
-    """One micro-batch's `Readout`. hidden: [B, S, H] before the final norm; tokens: [B, S]."""
+    """One micro-batch's `Readout`. hidden: [B, S, H] before the final norm; tokens: [B, S], what was read. generated: the
+    answers of the generator that filled them, which then speaks for the vocabulary."""
 
     head: Head
     hidden: Tensor
     tokens: Tensor
     vocabulary: Any = None
+    generated: Answers | None = None
 
     def attach(self, vocabulary: nn.Module) -> Answers:
         """The same answers with the output matrix they project on."""
@@ -105,14 +150,46 @@ class Answers:
 
     def nll(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
         chosen = weights != 0
-        losses = cross_entropy.nll(self._logits(chosen), labels[chosen])
+        if self._classifies(head):
+            losses = F.cross_entropy(self._classes(head, chosen).float(), labels[chosen], reduction="none")
+        elif self.generated is not None:
+            return self.generated.nll(head, labels, weights)
+        else:
+            losses = cross_entropy.nll(self._logits(chosen), labels[chosen])
         return torch.zeros_like(weights, dtype=torch.float32).masked_scatter(chosen, losses)
 
     def correct(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
         chosen = weights != 0
-        logits = self._logits(chosen)
-        guess = cross_entropy.argmax(logits, self.head.first_id(logits), self.head.build.mesh.tensor_group)
+        if self._classifies(head):
+            guess = self._classes(head, chosen).argmax(-1)
+        elif self.generated is not None:
+            return self.generated.correct(head, labels, weights)
+        else:
+            logits = self._logits(chosen)
+            guess = cross_entropy.argmax(logits, self.head.first_id(logits), self.head.build.mesh.tensor_group)
         return torch.zeros_like(chosen).masked_scatter(chosen, guess == labels[chosen])
+
+    def embed(self, head: str, chosen: Tensor) -> Tensor:
+        return self.head.classifiers[head](self._normed(self.hidden[chosen]), embed=True)
+
+    @torch.no_grad()
+    def fill(self, chosen: Tensor) -> Tensor:
+        """The tokens [B, S] with the chosen positions drawn from this model's distribution, by Gumbel-max.
+
+        The noise is a hash of the row's tokens, the position and the id: the same under every layout, on every tensor rank,
+        and another one wherever a mask or a document differs.
+        """
+        logits = self._logits(chosen).float()
+        first = self.head.first_id(logits)
+        noisy = logits + gumbel(row_keys(self.tokens)[chosen], first, logits.shape[-1])
+        drawn = cross_entropy.argmax(noisy, first, self.head.build.mesh.tensor_group)
+        return self.tokens.masked_scatter(chosen, drawn)
+
+    def _classifies(self, head: str) -> bool:
+        return head in self.head.classifiers
+
+    def _classes(self, head: str, chosen: Tensor) -> Tensor:
+        return self.head.classifiers[head](self._normed(self.hidden[chosen]))
 
     def logits(self, chosen: Tensor) -> Tensor:
         """Whole-vocabulary logits [n, V] at the chosen positions (bool [B, S]); no gradient."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from ds_pretrain.core import rng
 from ds_pretrain.core.attention import Kind
 from ds_pretrain.core.batch import Batch, Stream
+from ds_pretrain.core.batch import Head as HeadSpec
 from ds_pretrain.models.attention import CoreAttention, lower
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.heads import Answers, Head
@@ -70,6 +71,33 @@ class Build:
     """Positions of a learned position embedding when the model does not say."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
+    heads: tuple[HeadSpec, ...] = (HeadSpec("vocabulary"),)
+    """What the objective asks of the model."""
+    generator: tuple[str, float] | None = None
+    """A smaller network that fills the scored positions of this head first, and its width as a share of the model's."""
+    embedding_width: int | None = None
+    """Width of the vocabulary matrix where it is not the model's (a generator shares its model's)."""
+
+    @property
+    def embedding(self) -> int:
+        return self.embedding_width or self.model.hidden
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether this network itself has a head over the vocabulary: with a generator, that one has it."""
+        return self.generator is None and any(head.classes is None for head in self.heads)
+
+    @functools.cached_property
+    def small(self) -> Build:
+        """The generator's own build: the same depth and head size, fewer heads."""
+        assert self.generator is not None
+        m, share = self.model, self.generator[1]
+        heads = max(1, round(m.heads * share))
+        groups = None if m.kv_heads is None else max(1, min(heads, round(m.kv_heads * share)))
+        scaled = {"hidden": heads * m.head_dim, "heads": heads, "kv_heads": groups}
+        model = m.model_copy(update={**scaled, "ffn": max(8, round(m.ffn_width * heads / m.heads))})
+        words = tuple(head for head in self.heads if head.classes is None)
+        return replace(self, model=model, heads=words, generator=None, embedding_width=m.hidden)
 
     @functools.cached_property
     def megatron(self) -> TransformerConfig:
@@ -164,10 +192,10 @@ class Embed(nn.Module):
 class Block(TransformerLayer):
     """One transformer layer: Stream -> Stream."""
 
-    def __init__(self, build: Build, index: int) -> None:
+    def __init__(self, build: Build, index: int, logical: str = "layers") -> None:
         super().__init__(build.megatron, _spec(build.model), layer_number=index + 1)
         m = build.model
-        self.logical = f"layers.{index}"
+        self.logical = f"{logical}.{index}"
         self.kind, self.recompute, self.sequence = build.kind, build.recompute, build.megatron.sequence_parallel
         self.head_dim, self.rope_base = m.head_dim, m.rope_base if m.position == "rope" else None
         self.output_norm = Norm(build.megatron, m.hidden, m.norm_eps) if m.norm_position == "post" else None
@@ -183,6 +211,22 @@ class Block(TransformerLayer):
 
         again = self.recompute and self.training
         return stream._replace(hidden=checkpoint(run, False, stream.hidden) if again else run(stream.hidden))
+
+
+class Narrow(nn.Module):
+    """From the shared embeddings to the width of the generator."""
+
+    logical = "generator.embed"
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.dense = nn.Linear(build.model.hidden, build.small.model.hidden)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = build.megatron.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: tuple[Tensor, ...]) -> Stream:
+        stream = Stream(*x)
+        return stream._replace(hidden=self.dense(stream.hidden))
 
 
 class Output(Vocabulary):
@@ -243,39 +287,69 @@ class LayerSpec:
 
 def layer_list(build: Build) -> list[LayerSpec]:
     """The whole model as a list, in order; `tied` entries of one name share one module."""
-    tied = "word" if build.model.tie_embeddings else None
-    return [
+    shared = build.generator is not None
+    tied = "word" if shared or (build.model.tie_embeddings and build.predicts_words) else None
+    layers = [
         LayerSpec(Word, (build,), tied),
-        LayerSpec(Embed, (build,)),
+        LayerSpec(Embed, (build,), "embed" if shared else None),
         *(LayerSpec(Block, (build, index)) for index in range(build.model.layers)),
         LayerSpec(Head, (build,)),
-        LayerSpec(Word, (build,), tied, attach_tied) if tied else LayerSpec(Output, (build,)),
+    ]
+    if not build.predicts_words:
+        return layers
+    return [*layers, LayerSpec(Word, (build,), tied, attach_tied) if tied else LayerSpec(Output, (build,))]
+
+
+def generator_list(build: Build) -> list[LayerSpec]:
+    """The generator in front of the model: the same embeddings, narrower layers, the word embedding as output matrix."""
+    small = build.small
+    return [
+        LayerSpec(Word, (build,), "word"),
+        LayerSpec(Embed, (build,), "embed"),
+        LayerSpec(Narrow, (build,)),
+        *(LayerSpec(Block, (small, index, "generator.layers")) for index in range(small.model.layers)),
+        LayerSpec(Head, (small, "generator.head")),
+        LayerSpec(Word, (build,), "word", attach_tied),
     ]
 
 
 class Network(nn.Module):
-    """The list on one pipeline stage, for the engine without a pipeline and for inference."""
+    """The list on one pipeline stage, for the engine without a pipeline and for inference; a generator's before it."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.steps: list[Callable[[Any], Any]] = []
         self.layers = nn.ModuleList()
+        self.filled = build.generator[0] if build.generator else None
         shared: dict[str, nn.Module] = {}
-        for spec in layer_list(build):
+        self.generate = self._make(generator_list(build) if build.generator else [], shared)
+        self.steps = self._make(layer_list(build), shared)
+        prepare_parameters(self, build)
+
+    def _make(self, specs: Sequence[LayerSpec], shared: dict[str, nn.Module]) -> list[Callable[[Any], Any]]:
+        steps: list[Callable[[Any], Any]] = []
+        for spec in specs:
             module = shared.get(spec.tied or "") or spec.cls(*spec.args)
             if spec.tied:
                 shared[spec.tied] = module
-            self.steps.append(functools.partial(spec.use, module) if spec.use else module)
+            steps.append(functools.partial(spec.use, module) if spec.use else module)
             if module not in set(self.layers):
                 self.layers.append(module)
-        prepare_parameters(self, build)
+        return steps
 
     def forward(self, batch: Batch, criterion: Callable[[Answers, Batch], Any]) -> Any:
         """What `criterion` makes of the answers; called inside, so that sharded parameters are there for the heads."""
-        x: Any = first_inputs(batch)
-        for step in self.steps:
-            x = step(x)
-        return criterion(x, batch)
+        planes, generated = first_inputs(batch), None
+        if self.filled is not None:
+            generated = _through(self.generate, planes)
+            planes = (generated.fill(batch.targets[self.filled].weights != 0), *planes[1:])
+        answers: Answers = _through(self.steps, planes)
+        return criterion(replace(answers, generated=generated), batch)
+
+
+def _through(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
+    for step in steps:
+        x = step(x)
+    return x
 
 
 def first_inputs(batch: Batch) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +25,14 @@ REGISTRY: Registry[type[Objective]] = Registry("objective")
 O = TypeVar("O", bound="type[Objective]")  # noqa: E741
 
 
+class Variant(Protocol):
+    """What makes an example once it is decided who does."""
+
+    def size(self, tokens: np.ndarray) -> np.ndarray: ...
+
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """Base class. Class attributes are static facts about the objective; dataclass fields are its parameters."""
@@ -33,12 +41,30 @@ class Objective(ABC):
     heads: ClassVar[tuple[Head, ...]]
     kind: ClassVar[Kind]
     """What attention its examples use: a static promise that selects the kernel."""
+    generator: ClassVar[tuple[str, float] | None] = None
+    """For objectives with a second, smaller network that rewrites the inputs first: the head that it answers, whose scored
+    positions it fills, and its width as a share of the model's."""
     documents: ClassVar[int] = 1
     """Documents that one example is made from."""
+    shortest: ClassVar[int] = 1
+    """Tokens that a piece must have; shorter documents give no example and are counted."""
+    token_types: ClassVar[int] = 0
+    """Rows of the token type embedding that its examples use."""
+    bound: ClassVar[bool] = False
+    """Whether the loss is an upper bound on the negative log-likelihood of the text rather than a prediction error."""
     eod: ClassVar[bool] = True
     """Whether a document's end-of-document token is part of what the example is made from."""
     packed: ClassVar[bool] = True
     """Whether several examples may share a row."""
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What a sample may be made by: nearly always this objective alone."""
+        return (self,)
+
+    def pick(self, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
+        """Which of the variants makes each sample. draw: uniform in [0, 1). ordinal: samples that come before it."""
+        return np.zeros(len(draw), dtype=np.int64)
 
     @abstractmethod
     def piece(self, max_len: int) -> int:
@@ -55,6 +81,15 @@ class Objective(ABC):
     def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         """Summed loss per head of one micro-batch: sum(weight * nll), fp32 scalars. Never a mean."""
         return {h.name: self._summed(read, batch, h.name) for h in self.heads}
+
+    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        """Per head a bool tensor: the scored positions whose label was the most probable."""
+        targets = batch.targets
+        return {h.name: read.correct(h.name, targets[h.name].labels, targets[h.name].weights) for h in self.heads}
+
+    def unusable(self, doc: Document, vocab: Vocabulary) -> str | None:
+        """Why no example can be made of this document, for objectives that ask for more than text."""
+        return None
 
     def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
         """Every reason why this objective cannot be trained with this tokenizer and length, with numbers and the fix."""

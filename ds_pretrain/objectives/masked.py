@@ -3,14 +3,16 @@
 Of the chosen positions 80% become [MASK], 10% a random word of the real vocabulary, 10% stay (Devlin et al. 2019).
 Special tokens are never chosen and never inserted; the count comes from real tokens, not from the padded length. Two
 ways to choose: exactly max(1, round(p * n)) positions as BERT's own data generator does, or each position by its own
-coin as `transformers` does.
+coin as `transformers` does. Three units of choice: tokens, whole words (found from the text of the ids, so for any
+tokenizer), or spans of words with geometric lengths (SpanBERT, Joshi et al. 2020), whose fate is drawn once per span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -31,9 +33,15 @@ class MaskedLanguageModeling(Objective):
     random_token_prob: float = 0.1
     """Share of the predicted that are replaced by a uniformly random word; the rest is kept."""
     selection: Literal["exact", "bernoulli"] = "exact"
-    """How positions are chosen: a fixed count per example, or each by its own coin."""
+    """How positions are chosen: a fixed count per example, or each unit by its own coin (not for spans)."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What is chosen together: single tokens, whole words, or spans of whole words."""
+    span_prob: float = 0.2
+    """Parameter of the geometric distribution of span lengths, in words."""
+    span_max: int = 10
+    """Longest span, in words."""
 
-    heads = (Head("mlm"),)
+    heads: ClassVar[tuple[Head, ...]] = (Head("mlm"),)
     kind = "full"
     eod = False
 
@@ -47,6 +55,12 @@ class MaskedLanguageModeling(Objective):
             )
         if self.selection not in ("exact", "bernoulli"):
             raise ValueError(f"selection must be 'exact' or 'bernoulli', got {self.selection!r}")
+        if self.unit not in ("token", "word", "span"):
+            raise ValueError(f"unit must be 'token', 'word' or 'span', got {self.unit!r}")
+        if self.unit == "span" and self.selection == "bernoulli":
+            raise ValueError("spans are drawn until a count is reached: use selection='exact' with unit='span'")
+        if not 0 < self.span_prob <= 1 or self.span_max < 1:
+            raise ValueError(f"span_prob {self.span_prob} must lie in (0, 1] and span_max {self.span_max} be at least 1")
 
     def piece(self, max_len: int) -> int:
         return max_len - 2
@@ -57,22 +71,81 @@ class MaskedLanguageModeling(Objective):
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
         labels = np.concatenate(([vocab.cls], doc.tokens[: max_len - 2], [vocab.sep])).astype(np.int32)
-        chosen = self._choose(np.flatnonzero(~vocab.is_special[labels]), rng)
-        inputs = labels.copy()
-        inputs[chosen] = self._corrupt(labels[chosen], vocab, rng)
-        weights = np.zeros(len(labels))
-        weights[chosen] = 1
+        inputs, target = self.hide(labels, vocab, rng)
         horizon = np.full(len(labels), len(labels) - 1, dtype=np.int32)
-        return Example(inputs, horizon, {"mlm": Target.of(labels, weights)})
+        return Example(inputs, horizon, {"mlm": target})
 
-    def _choose(self, maskable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def hide(self, labels: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> tuple[np.ndarray, Target[np.ndarray]]:
+        """The inputs in which some of `labels` are hidden, and the target that asks for them."""
+        group = self._groups(labels, vocab, rng)
+        chosen = np.flatnonzero(group >= 0)
+        inputs = labels.copy()
+        inputs[chosen] = self._corrupt(labels[chosen], group[chosen], vocab, rng)
+        return inputs, Target.of(labels, group >= 0)
+
+    def _groups(self, labels: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+        """For each position the number of the group whose fate it shares, -1 where nothing is predicted."""
+        group = np.full(len(labels), -1)
+        maskable = np.flatnonzero(~vocab.is_special[labels])
+        if self.unit == "token":
+            chosen = self._choose(len(maskable), rng)
+            group[maskable[chosen]] = np.arange(len(chosen))
+        elif len(maskable):
+            word = np.cumsum(vocab.word_starts(labels))[maskable]
+            starts = np.flatnonzero(np.diff(word, prepend=-1))
+            words = np.split(maskable, starts[1:])
+            count = self._count(len(maskable))
+            taken = self._spans(words, count, rng) if self.unit == "span" else self._words(words, count, rng)
+            for number, positions in enumerate(taken):
+                group[positions] = number if self.unit == "span" else positions
+        return group
+
+    def _count(self, maskable: int) -> int:
+        return min(maskable, max(1, round(self.mask_prob * maskable)))
+
+    def _choose(self, maskable: int, rng: np.random.Generator) -> np.ndarray:
         if self.selection == "bernoulli":
-            return maskable[rng.random(len(maskable)) < self.mask_prob]
-        count = min(len(maskable), max(1, round(self.mask_prob * len(maskable))))
-        return rng.permutation(maskable)[:count]
+            return np.flatnonzero(rng.random(maskable) < self.mask_prob)
+        return rng.permutation(maskable)[: self._count(maskable)]
 
-    def _corrupt(self, tokens: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    def _words(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Words in random order, each that still fits the count (one at least); or each by its own coin."""
+        if self.selection == "bernoulli":
+            yield from (words[i] for i in self._choose(len(words), rng))
+            return
+        left = count
+        for i in rng.permutation(len(words)):
+            if len(words[i]) <= left or left == count == 1:
+                yield words[i]
+                left -= len(words[i])
+            if left <= 0:
+                return
+
+    def _spans(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Spans of adjacent free words until the count is reached; the last one is cut to what is left of it."""
+        free = np.ones(len(words), dtype=bool)
+        left = count
+        while left > 0 and free.any():
+            start, length = int(rng.choice(np.flatnonzero(free))), int(rng.choice(self.span_max, p=self._lengths)) + 1
+            span: list[np.ndarray] = []
+            for i in range(start, min(start + length, len(words))):
+                if not free[i] or left <= 0 or (span and words[i][0] != span[-1][-1] + 1):
+                    break
+                span.append(words[i][:left])
+                free[i] = False
+                left -= len(span[-1])
+            yield np.concatenate(span)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Probabilities of span lengths 1 to span_max: geometric, cut off and normalised as SpanBERT does."""
+        weights = self.span_prob * (1 - self.span_prob) ** np.arange(self.span_max)
+        return weights / weights.sum()
+
+    def _corrupt(self, tokens: np.ndarray, group: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
         dice = rng.random(len(tokens))
+        if self.unit == "span":
+            dice = dice[group]  # groups are counted from 0, so there are fewer of them than tokens
         words = vocab.words[rng.integers(len(vocab.words), size=len(tokens))]
         replaced = np.where(dice < self.mask_token_prob + self.random_token_prob, words, tokens)
         return np.where(dice < self.mask_token_prob, vocab.mask, replaced).astype(np.int32)

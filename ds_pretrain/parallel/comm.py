@@ -23,10 +23,20 @@ class DataComm:
         self.mesh = mesh
 
     def gather(self, x: Tensor) -> Tensor:
-        """The rows of all data ranks, in rank order; gradients flow back to their owners."""
         if self.mesh.data_size == 1:
             return x
-        return torch.cat(all_gather(x.contiguous(), group=self.mesh.data_group))
+        counts = self._counts(len(x))
+        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+        found = all_gather(padded.contiguous(), group=self.mesh.data_group)
+        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
-    def index(self) -> int:
-        return self.mesh.at.data
+    def before(self, count: int) -> int:
+        return sum(self._counts(count)[: self.mesh.at.data])
+
+    def _counts(self, count: int) -> list[int]:
+        """`count` of every data rank."""
+        if self.mesh.data_size == 1:
+            return [count]
+        counts = torch.zeros(self.mesh.data_size, dtype=torch.int64, device=self.mesh.device)
+        counts[self.mesh.at.data] = count
+        return all_reduce(counts, self.mesh.data_group).tolist()

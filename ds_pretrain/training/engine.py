@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Readout, Target
 from ds_pretrain.core.loss import count_totals, step_loss, weighted_mean
+from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import Block, Build, Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm, all_reduce
@@ -80,10 +81,9 @@ class Criterion:
         sums = self.objective.loss(read, batch, self.comm)
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-            if self.accuracy:
-                target = batch.targets[name]
-                hits = read.correct(name, target.labels, target.weights).sum().double()
-                self.correct[name] = self.correct.get(name, 0) + hits
+        if self.accuracy:
+            for name, hits in self.objective.correct(read, batch, self.comm).items():
+                self.correct[name] = self.correct.get(name, 0) + hits.sum().double()
         return step_loss(sums, self.totals, self.objective.heads, self.scale)
 
 
@@ -234,8 +234,18 @@ def create_engine(build: Build, objective: Objective, optimizer: OptimizerConfig
     """The engine that the plan asks for. deepspeed: a resolved DeepSpeed JSON, without "auto"."""
     from ds_pretrain.training.pipeline import PipelineEngine
 
+    if build.generator and build.mesh.plan.pipeline > 1:
+        raise ValueError(
+            f"{objective.name} trains two networks and does not run on {build.mesh.plan.pipeline} pipeline stages: set "
+            "parallel.pipeline=1"
+        )
     kind = PipelineEngine if build.mesh.plan.pipeline > 1 else PlainEngine
     return kind(build, objective, optimizer, deepspeed, seed)
+
+
+def build_for(objective: Objective, model: ModelConfig, mesh: Mesh, seq_len: int, recompute: bool = False) -> Build:
+    """What the layers of `model` need to know to serve this objective on this mesh."""
+    return Build(model, mesh, objective.kind, seq_len, recompute, objective.heads, objective.generator)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

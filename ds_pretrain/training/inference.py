@@ -11,14 +11,14 @@ from torch import Tensor
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.models.transformer import Build, Network
+from ds_pretrain.models.transformer import Network
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.shards import shards
 from ds_pretrain.training.checkpoint import Snapshot, newest
-from ds_pretrain.training.engine import Criterion, Model, to_device
+from ds_pretrain.training.engine import Criterion, Model, build_for, to_device
 
 
 class FrozenModel(Model):
@@ -36,7 +36,7 @@ class FrozenModel(Model):
             raise ValueError(f"no checkpoint in {folder}: train the run first")
         self.snapshot = Snapshot(path)
         shape = ModelConfig(**self.snapshot.manifest["model"])
-        self.build, self.objective = Build(shape, mesh, objective.kind, shape.positions or 0), objective
+        self.build, self.objective = build_for(objective, shape, mesh, shape.positions or 0), objective
         self.criterion = Criterion(objective, DataComm(mesh), 1.0)
         self.network = Network(self.build).to(mesh.device).eval()
         self._load()

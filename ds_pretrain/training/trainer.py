@@ -20,12 +20,11 @@ from ds_pretrain.data.dataset import Cursor, PretrainingDataset
 from ds_pretrain.data.loader import Loader, check_sizes
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.models.transformer import Build
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.training import checkpoint
-from ds_pretrain.training.engine import Engine, StepResult, create_engine
+from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
 from ds_pretrain.training.metrics import MetricsLog, mfu
 from ds_pretrain.training.optimizer import OptimizerConfig
 
@@ -90,7 +89,7 @@ class PreTrainer:
         self.shape = model.model_copy(
             update={"vocab": model.vocab or dataset.vocab.size, "positions": model.positions or dataset.seq_len}
         )
-        build = Build(self.shape, self.mesh, objective.kind, dataset.seq_len, activation_checkpointing)
+        build = build_for(objective, self.shape, self.mesh, dataset.seq_len, activation_checkpointing)
         accumulation = batch_size // (micro_batch_size * data_size)
         config = _fill(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
         self.model: Engine = create_engine(build, objective, self.optimizer, config, seed)

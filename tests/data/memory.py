@@ -4,7 +4,7 @@ import numpy as np
 
 from ds_pretrain.core.vocabulary import Vocabulary
 
-VOCAB = Vocabulary(1000, 0, 1, 2, 3, 4, 5, tuple(range(8, 40)), frozenset(range(40)))
+VOCAB = Vocabulary.synthetic()
 
 
 class MemoryStore:
@@ -13,7 +13,7 @@ class MemoryStore:
     def __init__(self, lengths, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.tokens = random.integers(40, VOCAB.size, size=int(self.lengths.sum()), dtype=np.int32)
+        self.tokens = random.choice(VOCAB.words, size=int(self.lengths.sum()))
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.tokens[self.starts + self.lengths - 1] = VOCAB.eod
         self.text = np.stack([self.lengths * 5, self.lengths], axis=1)

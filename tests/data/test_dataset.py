@@ -48,8 +48,9 @@ def test_every_epoch_uses_every_piece_exactly_once(name, blocks):
     orders = []
     for epoch in range(3):
         samples = [sample for row in epoch_of_rows(data, epoch) for sample in row]
-        assert sorted(samples) == list(range(epoch * len(data), (epoch + 1) * len(data)))
-        orders.append([sample % len(data) for sample in samples])
+        epochs, pieces, _ = data.decode(samples)
+        assert set(epochs.tolist()) == {epoch} and sorted(pieces.tolist()) == list(range(len(data)))
+        orders.append(pieces.tolist())
     assert orders[0] != orders[1] != orders[2]
     assert not np.array_equal(data._ordered(0)[1], data._ordered(data.blocks)[1])
 
@@ -59,8 +60,10 @@ def test_the_pieces_hold_every_usable_token_once(name):
     store = corpus()
     data = dataset(name, store)
     tokens = np.concatenate([data.piece(i).tokens for i in range(len(data))])
-    expected = store.tokens if data.objective.eod else store.tokens[store.tokens != VOCAB.eod]
-    assert np.array_equal(tokens, expected)
+    usable = store.lengths - (not data.objective.eod)
+    long_enough = np.repeat(usable >= data.objective.shortest, store.lengths)
+    wanted = long_enough if data.objective.eod else long_enough & (store.tokens != VOCAB.eod)
+    assert np.array_equal(tokens, store.tokens[wanted])
 
 
 def test_a_piece_knows_the_token_before_it():
@@ -73,7 +76,10 @@ def test_a_piece_knows_the_token_before_it():
 def test_empty_documents_are_counted_and_said(caplog):
     data = dataset("mlm", MemoryStore([1, 5, 1, 9]))
     assert len(data) == 2 and data.pieces.unusable == 2
-    assert "2 documents are empty" in caplog.text
+    assert "2 documents have fewer than 1 tokens and give no example of mlm" in caplog.text
+    caplog.clear()
+    data = dataset("sop", MemoryStore([2, 3, 9]))
+    assert len(data) == 2 and "1 documents have fewer than 2 tokens and give no example of sop" in caplog.text
 
 
 @objectives
@@ -94,10 +100,11 @@ def test_rows_are_planned_with_little_waste_and_never_overfilled(name):
     data = dataset(name)
     batch = data.collate(epoch_of_rows(data, 0))
     share = realised([batch], VOCAB)["useful"]
-    assert share <= 1
+    assert share <= 1 - data.waste() + 0.02
     if data.objective.packed:
+        assert data.waste() < (0.15 if len(data.variants) > 1 else 0.03)  # their longest pieces fit the largest only
+    if name in ("clm", "mlm", "prefix_lm", "electra", "span_corruption"):  # sizes are exact
         assert share > 0.97
-        assert data.waste() == pytest.approx(1 - share, abs=0.02)
 
 
 @objectives
@@ -108,8 +115,8 @@ def test_examples_of_a_row_never_see_each_other(name):
     mask = batch.attention.dense()
     for r, row in enumerate(rows):
         at = 0
-        for k, sample in enumerate(row, 1):
-            example = data.example(sample)
+        segments = [part for sample in row for e in [data.example(sample)] for part in (e, *e.then)]
+        for k, example in enumerate(segments, 1):
             here = slice(at, at + len(example.inputs))
             assert torch.equal(batch.inputs[r, here], torch.from_numpy(example.inputs.astype(np.int64)))
             assert batch.attention.segment[r, here].unique().tolist() == [k]
@@ -130,7 +137,8 @@ def test_examples_of_a_row_never_see_each_other(name):
 def test_totals_are_summed_over_rows(name):
     data = dataset(name)
     rows, _ = data.rows(Cursor(), 8)
-    examples = [data.example(sample) for row in rows for sample in row]
+    whole = [data.example(sample) for row in rows for sample in row]
+    examples = [part for e in whole for part in (e, *e.then)]
     for head, target in data.collate(rows).targets.items():
         assert target.total == pytest.approx(sum(e.targets[head].total for e in examples if head in e.targets))
 
@@ -205,7 +213,9 @@ def test_evaluation_takes_whole_documents_up_to_the_limit(name):
     assert plan.tokens == store.lengths[: plan.documents].sum() <= 1000
     assert plan.tokens + store.lengths[plan.documents] > 1000
     assert (plan.bytes, plan.words) == (5 * plan.tokens, plan.tokens)
-    pieces = Counter(sample - EVALUATION * len(data) for row in plan.rows for sample in row)
+    epochs, numbers, _ = data.decode([sample for row in plan.rows for sample in row])
+    assert set(epochs.tolist()) == {EVALUATION}
+    pieces = Counter(numbers.tolist())
     assert pieces == Counter(range(int(data.pieces.ends[plan.documents - 1])))
     assert data.evaluation(int(store.lengths[:5].sum())).documents == 5
     assert data.evaluation(0).documents == data.evaluation(1).documents == 1

@@ -60,24 +60,27 @@ def test_divided_softmax_equals_the_whole_one():
 
 
 def gathered():
-    """On two data ranks: rows in rank order, and gradients that reach their owner."""
+    """On two data ranks with 1 and 3 rows: rows in rank order, and gradients that reach their owner."""
     mesh = Mesh.build(ParallelPlan())
-    comm = DataComm(mesh)
-    mine = torch.full((2, 3), float(comm.index() + 1), requires_grad=True)
+    comm, rank = DataComm(mesh), mesh.at.data
+    mine = torch.full((1 + 2 * rank, 3), float(rank + 1), requires_grad=True)
     everyone = comm.gather(mine)
     (everyone * torch.arange(12.0).view(4, 3)).sum().backward()
-    return comm.index(), everyone[:, 0].tolist(), mine.grad.tolist()
+    found: list = [None, None]
+    torch.distributed.all_gather_object(found, (comm.before(len(mine)), everyone[:, 0].tolist(), mine.grad.tolist()))
+    return found
 
 
 def test_gather_brings_all_rows_and_sends_gradients_back():
-    index, rows, gradient = spawn(2, gathered)
-    assert (index, rows) == (0, [1, 1, 2, 2])
-    assert gradient == [[0, 2, 4], [6, 8, 10]]  # both ranks use the rows, so both send their share
+    first, second = spawn(2, gathered)
+    assert (first[0], second[0]) == (0, 1) and first[1] == second[1] == [1, 2, 2, 2]
+    assert first[2] == [[0, 2, 4]]  # both ranks use the rows, so both send their share
+    assert second[2] == [[6, 8, 10], [12, 14, 16], [18, 20, 22]]
 
 
 def test_one_process_gathers_itself(mesh):
     x = torch.ones(2)
-    assert DataComm(mesh).gather(x) is x and DataComm(mesh).index() == 0
+    assert DataComm(mesh).gather(x) is x and DataComm(mesh).before(2) == 0
 
 
 def fails():

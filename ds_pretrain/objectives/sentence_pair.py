@@ -1,0 +1,158 @@
+"""Two segments of text and a question about them: [CLS] A [SEP] B [SEP], token types 0 and 1.
+
+    nsp    does B follow A, or does it come from another document? (BERT: Devlin et al. 2019)
+    sop    are two consecutive segments in order, or swapped? (ALBERT: Lan et al. 2020)
+    bert   nsp with masked LM, albert   sop with masked LM
+
+Nothing but the text may tell the answer. For NSP both documents are cut by one and the same draw, to lengths that fit
+both, and the coin decides last whose second half is shown: lengths, cuts and ends are then exchangeable between the two
+labels. Nothing is used up either: every piece of the corpus is A once per epoch, and B is drawn beside it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from ds_pretrain.core.batch import Document, Example, Head, Target
+from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.objectives.base import Objective, register
+from ds_pretrain.objectives.masked import MaskedLanguageModeling
+
+
+class Pair(NamedTuple):
+    """Two segments and the answer: 0 for what belongs together (IsNext, in order), 1 otherwise, as BERT numbers them."""
+
+    first: np.ndarray
+    second: np.ndarray
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePair(Objective):
+    """What both tasks share: a pair is two adjacent stretches of one window of text."""
+
+    short_prob: float = 0.1
+    """Share of examples that are cut to a uniformly random shorter length (BERT's short_seq_prob)."""
+
+    task: ClassVar[str]
+    kind = "full"
+    eod = False
+    shortest = 2
+    token_types = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.short_prob <= 1:
+            raise ValueError(f"short_prob must lie in [0, 1], got {self.short_prob}")
+
+    def piece(self, max_len: int) -> int:
+        return max_len - 3
+
+    def size(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens + 3
+
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
+        pair = self.pair([replace(doc, tokens=doc.tokens[: max_len - 3]) for doc in docs], vocab, rng)
+        inputs = np.concatenate(([vocab.cls], pair.first, [vocab.sep], pair.second, [vocab.sep])).astype(np.int32)
+        types = (np.arange(len(inputs)) >= len(pair.first) + 2).astype(np.int32)
+        labels, weights = np.zeros(len(inputs), dtype=np.int32), np.zeros(len(inputs))
+        labels[0], weights[0] = pair.label, 1
+        horizon = np.full(len(inputs), len(inputs) - 1, dtype=np.int32)
+        return Example(inputs, horizon, {self.task: Target.of(labels, weights)}, types)
+
+    @abstractmethod
+    def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:
+        """A pair from documents of at least two tokens each."""
+
+    def _shorter(self, most: int, rng: np.random.Generator) -> int:
+        """`most`, or now and then a random smaller number from 2 on."""
+        return int(rng.integers(2, most + 1)) if rng.random() < self.short_prob else most
+
+
+@register("nsp")
+@dataclass(frozen=True, kw_only=True)
+class NextSentencePrediction(SentencePair):
+    """Half of the pairs are adjacent in one document, half come from two documents, never from one."""
+
+    task = "nsp"
+    heads: ClassVar[tuple[Head, ...]] = (Head("nsp", classes=2),)
+    documents = 2
+
+    def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:
+        window = self._shorter(min(len(doc.tokens) for doc in docs), rng)
+        starts = [int(rng.integers(len(doc.tokens) - window + 1)) for doc in docs]
+        mine, other = (doc.tokens[start : start + window] for doc, start in zip(docs, starts, strict=True))
+        half, label = int(rng.integers(1, window)), int(rng.random() < 0.5)
+        return Pair(mine[:half], (other if label else mine)[half:], label)
+
+
+@register("sop")
+@dataclass(frozen=True, kw_only=True)
+class SentenceOrderPrediction(SentencePair):
+    """Two consecutive segments of one document, swapped half of the time.
+
+    Both begin and end where sentences do, wherever there are that many, and else both inside one: the end of a document
+    would otherwise say which of the two comes last.
+    """
+
+    task = "sop"
+    heads: ClassVar[tuple[Head, ...]] = (Head("sop", classes=2),)
+
+    def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:
+        (doc,) = docs
+        bounds = vocab.sentence_ends(doc.tokens)
+        bounds = bounds if doc.before is not None else np.concatenate(([0], bounds))
+        if len(bounds) < 3:
+            bounds = self._inside(len(doc.tokens), bounds)
+        window = self._shorter(len(bounds) - 1, rng)
+        start = int(rng.integers(len(bounds) - window))
+        half = int(rng.integers(start + 1, start + window))
+        first = doc.tokens[bounds[start] : bounds[half]]
+        second = doc.tokens[bounds[half] : bounds[start + window]]
+        return Pair(second, first, 1) if rng.random() < 0.5 else Pair(first, second, 0)
+
+    @staticmethod
+    def _inside(tokens: int, bounds: np.ndarray) -> np.ndarray:
+        """Every place inside the longest sentence, its ends left out; every place of the text if that is too short."""
+        ends = np.concatenate(([0], bounds, [tokens]))
+        longest = int(np.diff(ends).argmax())
+        inside = np.arange(ends[longest] + 1, ends[longest + 1])
+        return inside if len(inside) >= 3 else np.arange(tokens + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithMasking(MaskedLanguageModeling, SentencePair):
+    """A pair whose tokens are then masked; both losses are added."""
+
+    def __post_init__(self) -> None:
+        MaskedLanguageModeling.__post_init__(self)
+        SentencePair.__post_init__(self)
+
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
+        pair = SentencePair.example(self, docs, vocab, max_len, rng)
+        inputs, target = self.hide(pair.inputs, vocab, rng)
+        return Example(inputs, pair.horizon, {"mlm": target, **pair.targets}, pair.token_type)
+
+    piece = SentencePair.piece
+    size = SentencePair.size
+
+
+@register("bert")
+@dataclass(frozen=True, kw_only=True)
+class Bert(_WithMasking, NextSentencePrediction):
+    """Masked LM and next-sentence prediction."""
+
+    heads = (Head("mlm"), Head("nsp", classes=2))
+    documents = 2
+
+
+@register("albert")
+@dataclass(frozen=True, kw_only=True)
+class Albert(_WithMasking, SentenceOrderPrediction):
+    """Masked LM and sentence-order prediction."""
+
+    heads = (Head("mlm"), Head("sop", classes=2))

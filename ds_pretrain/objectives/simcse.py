@@ -1,0 +1,133 @@
+"""Contrastive sentence embeddings: a sentence should be nearest to itself under another dropout mask.
+
+Both views stand in one row, so dropout differs by position; all other sentences of the step's micro-batch, over all data
+ranks, are negatives. loss = -log softmax over cosine / temperature (SimCSE: Gao et al. 2021). The embedding is the state
+of [CLS], behind a dense layer while training and bare at test. Supervised: a document is three lines, a sentence, one it
+entails and one that contradicts it, which is a hard negative for everybody. The pool of negatives is a micro-batch over
+the data ranks: more accumulation does not enlarge it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout, Target
+from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.objectives.base import Objective, register
+from ds_pretrain.objectives.masked import MaskedLanguageModeling
+
+ANCHOR, POSITIVE, NEGATIVE = 1, 2, 3
+"""Labels at the [CLS] of each part."""
+
+
+@register("simcse")
+@dataclass(frozen=True, kw_only=True)
+class SimCSE(Objective):
+    """Unsupervised unless `supervised`."""
+
+    temperature: float = 0.05
+    """Cosines are divided by it."""
+    length: int = 32
+    """Tokens of a sentence at most; longer documents are cut into as many."""
+    supervised: bool = False
+    """Documents are three lines: sentence, entailed, contradicting."""
+    mlm_weight: float = 0.0
+    """Factor of a masked LM loss on a third, masked view (the paper's ablation: 0.1)."""
+    mlm: MaskedLanguageModeling = field(default_factory=MaskedLanguageModeling)
+    """How that view is masked."""
+
+    kind = "full"
+    eod = False
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.length < 1 or self.mlm_weight < 0:
+            raise ValueError(f"length {self.length} must be positive and mlm_weight {self.mlm_weight} not negative")
+
+    @cached_property
+    def heads(self) -> tuple[Head, ...]:  # type: ignore[override]
+        masked = (Head("mlm", coefficient=self.mlm_weight),) if self.mlm_weight else ()
+        return Head("simcse", classes=0), *masked
+
+    @property
+    def parts(self) -> int:
+        return 2 + (self.mlm_weight > 0)
+
+    def piece(self, max_len: int) -> int:
+        if self.supervised:  # lines must stay together
+            return (max_len - 8) // 2 if self.mlm_weight else max_len - 6
+        return max(1, min(self.length, max_len // self.parts - 2))
+
+    def size(self, tokens: np.ndarray) -> np.ndarray:
+        if self.supervised:
+            return tokens + 6 + (tokens + 2) * (self.mlm_weight > 0)
+        return (tokens + 2) * self.parts
+
+    def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
+        need = 3 * self.parts
+        if max_len < max(8, need):
+            return [f"batch.seq_len {max_len} is too short for simcse: its views need {max(8, need)} positions at least"]
+        if self.supervised and not vocab.line_ends.any():
+            return ["simcse with supervised=true needs documents of three lines: this tokenizer has no line end"]
+        return []
+
+    def unusable(self, doc: Document, vocab: Vocabulary) -> str | None:
+        if not self.supervised:
+            return None
+        found = len(self._lines(doc.tokens, vocab))
+        return None if found == 3 else f"{found} lines where simcse needs a sentence, an entailed one and a hard negative"
+
+    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
+        (doc,) = docs
+        lines = self._lines(doc.tokens, vocab)[:3] if self.supervised else [doc.tokens[: self.piece(max_len)]] * 2
+        views = [np.concatenate(([vocab.cls], line, [vocab.sep])).astype(np.int32) for line in lines]
+        parts = [self._part(view, {"simcse": _mark(len(view), kind)}) for kind, view in enumerate(views, start=ANCHOR)]
+        if self.mlm_weight:
+            inputs, target = self.mlm.hide(views[0], vocab, rng)
+            parts.append(self._part(inputs, {"mlm": target}))
+        first = parts[0]
+        return Example(first.inputs, first.horizon, first.targets, then=tuple(parts[1:]))
+
+    def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        similarity, own = self._similarity(read, batch, comm)
+        sums = {"simcse": F.cross_entropy(similarity, own, reduction="sum")}
+        return sums | ({"mlm": self._summed(read, batch, "mlm")} if self.mlm_weight else {})
+
+    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        """Sentences whose own second view is the nearest."""
+        similarity, own = self._similarity(read, batch, comm)
+        return {"simcse": similarity.argmax(1) == own}
+
+    def _similarity(self, read: Readout, batch: Batch, comm: Comm) -> tuple[Tensor, Tensor]:
+        """Scaled cosines of this rank's sentences with all second views and hard negatives [n, N], and their own column."""
+        kind = batch.targets["simcse"].labels
+        found = F.normalize(read.embed("simcse", kind > 0).float(), dim=-1)
+        kind = kind[kind > 0]
+        anchors, positives, negatives = (found[kind == k] for k in (ANCHOR, POSITIVE, NEGATIVE))
+        keys = torch.cat([comm.gather(positives), comm.gather(negatives)])
+        own = comm.before(len(anchors)) + torch.arange(len(anchors), device=keys.device)
+        return anchors @ keys.t() / self.temperature, own
+
+    @staticmethod
+    def _part(inputs: np.ndarray, targets: Mapping[str, Target[np.ndarray]]) -> Example:
+        return Example(inputs, np.full(len(inputs), len(inputs) - 1, dtype=np.int32), targets)
+
+    @staticmethod
+    def _lines(tokens: np.ndarray, vocab: Vocabulary) -> list[np.ndarray]:
+        ends = np.flatnonzero(vocab.line_ends[tokens]) + 1
+        return [line for line in np.split(tokens, ends) if len(line)]
+
+
+def _mark(length: int, kind: int) -> Target[np.ndarray]:
+    """The kind of a part at its [CLS]; anchors are what is counted."""
+    labels, weights = np.zeros(length, dtype=np.int32), np.zeros(length)
+    labels[0], weights[0] = kind, kind == ANCHOR
+    return Target.of(labels, weights)
