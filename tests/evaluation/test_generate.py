@@ -68,7 +68,7 @@ def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained)
 
 def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):
     *_, output = trained
-    with pytest.raises(ValueError, match="no checkpoint in .*train the run first"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*train the run first"):
         FrozenModel(tmp_path, create("clm"))
     with pytest.raises(ValueError, match=r"parallel\.pipeline=1"):
         FrozenModel(output, create("clm"), ParallelPlan(pipeline=2))
