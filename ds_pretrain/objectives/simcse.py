@@ -45,6 +45,7 @@ class SimCSE(Objective):
 
     kind = "full"
     eod = False
+    pooled = True
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
