@@ -1,5 +1,6 @@
-"""One file per objective; importing this package registers them all."""
+"""One file per objective; importing this package registers them all, and those of plug-ins."""
 
+from ds_pretrain.objectives import plugins
 from ds_pretrain.objectives.base import REGISTRY, Objective, create, register
 from ds_pretrain.objectives.causal import CausalLanguageModeling
 from ds_pretrain.objectives.diffusion import MaskedDiffusion
@@ -34,3 +35,5 @@ __all__ = [
     "create",
     "register",
 ]
+
+plugins.load()
