@@ -88,14 +88,20 @@ def evaluate(
     from ds_pretrain.evaluation import ngram, perplexity, report
 
     model, dataset = _load(output)
-    part = dataset.split(split)
-    scores = perplexity.evaluate(model, part, max_tokens)
-    rows = [(f"{model.objective.name} at step {model.snapshot.manifest['step']}", scores)]
-    if baselines:
-        rows += ngram.baselines(dataset, part, max_tokens)
+    plain = model.objective.likelihood
+    found: dict[str, dict[str, float]] = {}
+    for objective in dict.fromkeys([model.objective, plain or model.objective]):
+        part = dataset.split(split, objective)
+        scores = perplexity.evaluate(model.under(objective), part, max_tokens)
+        rows = [(f"{objective.name} at step {model.snapshot.manifest['step']}", scores)]
+        if baselines and objective in (plain, dataset.objective):
+            rows += ngram.baselines(dataset, part, max_tokens)
+        found |= {name: score.as_metrics(objective.measure) for name, score in rows}
+        if model.mesh.rank == 0:
+            out.print(report.table(rows, objective.measure, title=f"{output}, {split} split"))
+            if scores.heads:
+                out.print(report.heads_table(scores))
     if model.mesh.rank == 0:
-        out.print(report.table(rows, model.objective.kind, title=f"{output}, {split} split"))
-        found = {name: score.as_metrics(model.objective.kind) for name, score in rows}
         (Path(output) / f"eval-{split}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         _draw(Path(output))
 

@@ -9,7 +9,7 @@ exactly once. The price: the last row of a block may stay unfilled (0.1% of posi
 block's plan (milliseconds).
 
 A sample's number is `(epoch * pieces + piece) * variants + variant`: which of a mixture's objectives makes it is drawn
-before a token is read. Evaluation is the epoch -1, whose masks are the same every time.
+before a token is read. Evaluation is the epoch -1, whose masks are the same every time; -2, -3 ... are further draws.
 """
 
 from __future__ import annotations
@@ -143,15 +143,18 @@ class Samples:
         read = self.store.slice
         return collate_causal(layout, [read(*bound) for bound in bounds], fresh, self.objective, self.vocab)
 
-    def evaluation(self, max_tokens: int | None = None) -> Evaluation:
-        """The longest run of documents from the first on that has at most `max_tokens` tokens; one at least."""
+    def evaluation(self, max_tokens: int | None = None, draw: int = 0) -> Evaluation:
+        """The longest run of documents from the first on that has at most `max_tokens` tokens; one at least.
+
+        draw: another number, other masks, for what is averaged over them.
+        """
         ends = np.cumsum(self.store.lengths, dtype=np.int64)
         count = len(ends) if max_tokens is None else max(1, int(np.searchsorted(ends, max_tokens, side="right")))
         pieces = int(self.pieces.ends[count - 1])
         rows: list[Row] = []
         for start in range(0, pieces, BLOCK_PIECES):
             chunk = np.arange(start, min(start + BLOCK_PIECES, pieces))
-            rows += self._rows(EVALUATION, chunk, np.full(len(chunk), np.iinfo(np.int64).max))
+            rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), np.iinfo(np.int64).max))
         text = np.asarray(self.store.text[:count], dtype=np.int64).sum(axis=0)
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
@@ -274,13 +277,15 @@ class PretrainingDataset(Samples):
             )
         super().__init__(store, self.tokenizer.vocabulary, seq_len, objective, split, seed)
 
-    def split(self, name: str) -> PretrainingDataset:
-        """Another split of the same folder under the same settings."""
-        return PretrainingDataset(self.data_path, self.tokenizer, self.seq_len, self.objective, name, self.seed)
+    def split(self, name: str, objective: Objective | None = None) -> PretrainingDataset:
+        """Another split of the same folder under the same settings, or under another objective."""
+        return PretrainingDataset(self.data_path, self.tokenizer, self.seq_len, objective or self.objective, name, self.seed)
 
 
 def _when(epoch: int) -> int | str:
-    return "evaluation" if epoch == EVALUATION else epoch
+    if epoch >= 0:
+        return epoch
+    return "evaluation" if epoch == EVALUATION else f"evaluation {EVALUATION - epoch}"
 
 
 def refuse(problems: Iterable[str]) -> None:

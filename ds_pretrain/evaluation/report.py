@@ -8,21 +8,34 @@ model are those of the hidden tokens alone: a loss and an accuracy, never a perp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.markup import escape
 from rich.table import Table
 
-from ds_pretrain.core.attention import Kind
+from ds_pretrain.objectives.base import Measure
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """One head's mean loss over what it scored; precision and recall are those of label 1 (replaced, not next, swapped)."""
+
+    loss: float
+    scored: int
+    accuracy: float | None = None
+    precision: float | None = None
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
     """Sums over an evaluation.
 
-    nats: summed negative log-likelihood. tokens: those scored. bytes, words: of the original text that was predicted.
+    nats: summed loss of the heads over the vocabulary. tokens: those scored. bytes, words: of the original text.
     accuracy: the share of the scored tokens that was the most probable one; None where nobody counted.
+    total: the objective's whole loss, where it has several heads. error: standard error of the loss, where it is averaged
+    over random masks. heads: by name, where there are several or one that is not over the vocabulary.
     """
 
     nats: float
@@ -30,10 +43,15 @@ class Scores:
     bytes: int
     words: int
     accuracy: float | None = None
+    total: float | None = None
+    error: float | None = None
+    heads: Mapping[str, HeadScores] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
-        """Nats per scored token; not a number where none was scored."""
+        """The objective's loss: nats per scored token where it has one head; not a number where none was scored."""
+        if self.total is not None and self.heads:
+            return self.total
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
@@ -51,14 +69,20 @@ class Scores:
         """Per byte of the original text: nats / (bytes * ln 2)."""
         return self.nats / (self.bytes * math.log(2)) if self.bytes else math.nan
 
-    def as_metrics(self, kind: Kind) -> dict[str, float]:
-        """What may be reported of a model whose attention is of this kind; `perplexity` is the one per token."""
-        found = {"loss": self.loss, "tokens_scored": self.tokens}
-        if self.accuracy is not None:
+    def as_metrics(self, measure: Measure) -> dict[str, float]:
+        """What may be reported of an objective with such a loss; `perplexity` is the one per token."""
+        found: dict[str, float] = {"loss": self.loss, "tokens_scored": self.tokens}
+        if self.accuracy is not None and not math.isnan(self.accuracy):
             found["accuracy"] = self.accuracy
-        if kind == "causal":
+        if measure == "likelihood":
             found |= {"perplexity": self.perplexity, "word_perplexity": self.word_perplexity}
             found["bits_per_byte"] = self.bits_per_byte
+        if measure == "bound":
+            found |= {"bits_per_byte_bound": self.bits_per_byte}
+            found |= {} if self.error is None else {"loss_error": self.error}
+        for name, head in self.heads.items():
+            figures = {"loss": head.loss, "accuracy": head.accuracy, "precision": head.precision, "recall": head.recall}
+            found |= {f"{name}/{key}": value for key, value in figures.items() if value is not None}
         return found
 
 
@@ -67,17 +91,19 @@ COLUMNS = {
     "perplexity": ("perplexity\n(per token)", "{:,.2f}"),
     "word_perplexity": ("perplexity\n(per word)", "{:,.2f}"),
     "bits_per_byte": ("bits\nper byte", "{:.4f}"),
+    "loss_error": ("standard\nerror", "{:.4f}"),
+    "bits_per_byte_bound": ("bits per byte\n(upper bound)", "{:.4f}"),
     "accuracy": ("accuracy\n(per token)", "{:.2%}"),
     "tokens_scored": ("tokens\nscored", "{:,}"),
 }
 """Metric to heading and format, in the order of the table."""
 
 
-def table(rows: Sequence[tuple[str, Scores]], kind: Kind, title: str | None = None) -> Table:
+def table(rows: Sequence[tuple[str, Scores]], measure: Measure, title: str | None = None) -> Table:
     """Named scores side by side, for people; the best value of each column is bold."""
-    found = [scores.as_metrics(kind) for _, scores in rows]
+    found = [scores.as_metrics(measure) for _, scores in rows]
     shown = [key for key in COLUMNS if any(key in metrics for metrics in found)]
-    view = Table(title=title and escape(title), caption=_caption(rows, kind))
+    view = Table(title=title and escape(title), caption=_caption(rows, measure))
     view.title_justify = view.caption_justify = "left"
     view.add_column("model")
     for key in shown:
@@ -88,9 +114,18 @@ def table(rows: Sequence[tuple[str, Scores]], kind: Kind, title: str | None = No
     return view
 
 
-def _caption(rows: Sequence[tuple[str, Scores]], kind: Kind) -> str:
-    if kind != "causal":
-        return "only the tokens that the objective hides are scored: no perplexity"
+def heads_table(scores: Scores) -> Table:
+    """The heads of an objective that has several, or one over classes."""
+    view = Table("head", "loss\n(nats)", "scored", "accuracy", "precision\n(label 1)", "recall\n(label 1)")
+    for name, head in scores.heads.items():
+        shares = (head.accuracy, head.precision, head.recall)
+        view.add_row(escape(name), f"{head.loss:.4f}", f"{head.scored:,}", *("-" if x is None else f"{x:.2%}" for x in shares))
+    return view
+
+
+def _caption(rows: Sequence[tuple[str, Scores]], measure: Measure) -> str:
+    if measure == "hidden":
+        return "only what the objective hides is scored: no perplexity"
     texts = dict.fromkeys(f"{scores.bytes:,} bytes, {scores.words:,} words" for _, scores in rows)
     return f"text predicted: {'; '.join(texts)}"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,7 @@ from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout
 from ds_pretrain.core.registry import Registry, unknown
 from ds_pretrain.core.vocabulary import Vocabulary
 
+Measure = Literal["likelihood", "bound", "hidden"]
 REGISTRY: Registry[type[Objective]] = Registry("objective")
 O = TypeVar("O", bound="type[Objective]")  # noqa: E741
 
@@ -52,12 +53,18 @@ class Objective(ABC):
     """Tokens that a piece must have; shorter documents give no example and are counted."""
     token_types: ClassVar[int] = 0
     """Rows of the token type embedding that its examples use."""
-    bound: ClassVar[bool] = False
-    """Whether the loss is an upper bound on the negative log-likelihood of the text rather than a prediction error."""
+    measure: ClassVar[Measure] = "hidden"
+    """What the summed loss of an evaluation is: the negative log-likelihood of the text, an upper bound on it, or the loss
+    of whatever the objective hides, which gives no perplexity."""
     eod: ClassVar[bool] = True
     """Whether a document's end-of-document token is part of what the example is made from."""
     packed: ClassVar[bool] = True
     """Whether several examples may share a row."""
+
+    @property
+    def likelihood(self) -> Objective | None:
+        """The objective whose loss is the likelihood of the text and that a model trained for this one can be scored by."""
+        return self if self.measure == "likelihood" else None
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -84,10 +91,24 @@ class Objective(ABC):
         """Summed loss per head of one micro-batch: sum(weight * nll), fp32 scalars. Never a mean."""
         return {h.name: self._summed(read, batch, h.name) for h in self.heads}
 
-    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
-        """Per head a bool tensor: the scored positions whose label was the most probable."""
-        targets = batch.targets
-        return {h.name: read.correct(h.name, targets[h.name].labels, targets[h.name].weights) for h in self.heads}
+    @property
+    def tallied(self) -> tuple[str, ...]:
+        """What an evaluation counts: per head the `correct` positions, of heads with two classes also the `positive` labels
+        and those of them that were `found`."""
+        pairs = [f"{h.name}/{what}" for h in self.heads if h.classes == 2 for what in ("positive", "found")]
+        return (*(f"{h.name}/correct" for h in self.heads), *pairs)
+
+    def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        """These counts for one micro-batch, scalars."""
+        counts: dict[str, Tensor] = {}
+        for head in self.heads:
+            target = batch.targets[head.name]
+            hits = read.correct(head.name, target.labels, target.weights)
+            counts[f"{head.name}/correct"] = hits.sum()
+            if head.classes == 2:
+                positive = (target.labels == 1) & (target.weights != 0)
+                counts |= {f"{head.name}/positive": positive.sum(), f"{head.name}/found": (hits & positive).sum()}
+        return counts
 
     def unusable(self, doc: Document, vocab: Vocabulary) -> str | None:
         """Why no example can be made of this document, for objectives that ask for more than text."""

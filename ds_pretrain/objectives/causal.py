@@ -26,6 +26,7 @@ class CausalLanguageModeling(Objective):
 
     heads = (Head("clm"),)
     kind = "causal"
+    measure = "likelihood"
 
     def piece(self, max_len: int) -> int:
         return max_len

@@ -30,7 +30,7 @@ class MaskedDiffusion(Objective):
     heads = (Head("mdlm"),)
     kind = "full"
     eod = False
-    bound = True
+    measure = "bound"
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < 1:

@@ -58,8 +58,8 @@ class Electra(MaskedLanguageModeling):
     def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         return super().loss(read, self._answered(read, batch), comm)
 
-    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
-        return super().correct(read, self._answered(read, batch), comm)
+    def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        return super().tallies(read, self._answered(read, batch), comm)
 
     @staticmethod
     def _answered(read: Readout, batch: Batch) -> Batch:

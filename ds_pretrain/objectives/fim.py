@@ -17,6 +17,7 @@ import numpy as np
 from ds_pretrain.core.batch import Document, Example, Head, Target
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import Objective, register
+from ds_pretrain.objectives.causal import CausalLanguageModeling
 
 NAMES = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 SLACK = 6
@@ -44,6 +45,11 @@ class FillInTheMiddle(Objective):
                 raise ValueError(f"{name} must lie in [0, 1], got {share}")
         if self.cut not in ("character", "token"):
             raise ValueError(f"cut must be 'character' or 'token', got {self.cut!r}")
+
+    @property
+    def likelihood(self) -> Objective:
+        """Read from left to right, as the other half of its documents are."""
+        return CausalLanguageModeling()
 
     @property
     def added(self) -> int:

@@ -10,7 +10,7 @@ packed by exact sizes, and every document is still used exactly once per epoch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +38,11 @@ class Component:
     def head(self, own: str) -> str:
         """What the composite calls a head of this component."""
         return self.name if len(self.objective.heads) == 1 else f"{self.name}/{own}"
+
+    def told(self, name: str) -> str:
+        """The composite's name for a head of this component or for what is counted of it (HEAD/correct)."""
+        head = next(h.name for h in self.objective.heads if name == h.name or name.startswith(f"{h.name}/"))
+        return self.head(head) + name.removeprefix(head)
 
     def size(self, tokens: np.ndarray) -> np.ndarray:
         return self.objective.size(tokens)
@@ -149,16 +154,24 @@ class Composite(Objective):
     def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         return self._collect(batch, lambda c, view: c.objective.loss(_View(read, c, read.tokens), view, comm))
 
-    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
-        return self._collect(batch, lambda c, view: c.objective.correct(_View(read, c, read.tokens), view, comm))
+    @property
+    def tallied(self) -> tuple[str, ...]:
+        return tuple(component.told(name) for component in self._distinct for name in component.objective.tallied)
+
+    def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+        return self._collect(batch, lambda c, view: c.objective.tallies(_View(read, c, read.tokens), view, comm))
+
+    @property
+    def _distinct(self) -> Iterable[Component]:
+        """One component of each name."""
+        return {component.name: component for component in self.components}.values()
 
     def _collect(self, batch: Batch, ask: Callable[[Component, Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What the components answer, each about a batch that has its own targets only, under the mixture's names."""
         found: dict[str, Tensor] = {}
-        for component in {component.name: component for component in self.components}.values():
-            names = {head.name: component.head(head.name) for head in component.objective.heads}
-            view = replace(batch, targets={own: batch.targets[name] for own, name in names.items()})
-            found |= {names[own]: value for own, value in ask(component, view).items()}
+        for component in self._distinct:
+            own = {head.name: batch.targets[component.head(head.name)] for head in component.objective.heads}
+            found |= {component.told(name): value for name, value in ask(component, replace(batch, targets=own)).items()}
         return found
 
 

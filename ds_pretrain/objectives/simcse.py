@@ -102,10 +102,14 @@ class SimCSE(Objective):
         sums = {"simcse": F.cross_entropy(similarity, own, reduction="sum")}
         return sums | ({"mlm": self._summed(read, batch, "mlm")} if self.mlm_weight else {})
 
-    def correct(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
+    @property
+    def tallied(self) -> tuple[str, ...]:
+        return ("simcse/correct",)
+
+    def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         """Sentences whose own second view is the nearest."""
         similarity, own = self._similarity(read, batch, comm)
-        return {"simcse": similarity.argmax(1) == own}
+        return {"simcse/correct": (similarity.argmax(1) == own).sum()}
 
     def _similarity(self, read: Readout, batch: Batch, comm: Comm) -> tuple[Tensor, Tensor]:
         """Scaled cosines of this rank's sentences with all second views and hard negatives [n, N], and their own column."""

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,12 +54,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Per-head sums over an evaluation, in nats. correct: scored positions whose label was the most probable."""
+    """Per-head sums over an evaluation, in nats. tallies: what the objective counts (`Objective.tallied`)."""
 
     loss: float
     sums: Mapping[str, float]
     totals: Mapping[str, float]
-    correct: Mapping[str, float]
+    tallies: Mapping[str, float]
 
 
 @dataclass
@@ -71,19 +71,19 @@ class Criterion:
     scale: float
     totals: Mapping[str, float] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    correct: dict[str, Tensor] = field(default_factory=dict)
-    accuracy: bool = False
+    tallies: dict[str, Tensor] = field(default_factory=dict)
+    tally: bool = False
 
-    def start(self, totals: Mapping[str, float], accuracy: bool = False) -> None:
-        self.totals, self.accuracy, self.sums, self.correct = totals, accuracy, {}, {}
+    def start(self, totals: Mapping[str, float], tally: bool = False) -> None:
+        self.totals, self.tally, self.sums, self.tallies = totals, tally, {}, {}
 
     def __call__(self, read: Readout, batch: Batch) -> Tensor:
         sums = self.objective.loss(read, batch, self.comm)
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-        if self.accuracy:
-            for name, hits in self.objective.correct(read, batch, self.comm).items():
-                self.correct[name] = self.correct.get(name, 0) + hits.sum().double()
+        if self.tally:
+            for name, count in self.objective.tallies(read, batch, self.comm).items():
+                self.tallies[name] = self.tallies.get(name, 0) + count.double()
         return step_loss(sums, self.totals, self.objective.heads, self.scale)
 
 
@@ -103,17 +103,18 @@ class Model(ABC):
         """Sums over these micro-batches of every data rank, without dropout; all ranks must bring equally many."""
         batches = [to_device(batch, self.mesh.device) for batch in batches]
         totals = self._global(count_totals(batches, self.objective.heads))
-        self.criterion.start({name: 1.0 for name in totals}, accuracy=True)
+        self.criterion.start({name: 1.0 for name in totals}, tally=True)
         with torch.no_grad():
             self._evaluate(batches)
-        sums = self._global(self._measured(self.criterion.sums))
-        correct = self._global(self._measured(self.criterion.correct))
+        sums = self._global(self._measured(self.criterion.sums, totals))
+        tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied))
         self.criterion.start({})
-        return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, correct)
+        return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, tallies)
 
-    def _measured(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    @staticmethod
+    def _measured(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
         """What the criterion kept, 0 on the stages where it did not run."""
-        return {head.name: float(values.get(head.name, 0.0)) for head in self.objective.heads}
+        return {name: float(values.get(name, 0.0)) for name in names}
 
     def _global(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sum numbers over the job, each data rank counted once (its last stage, first tensor rank)."""
@@ -172,7 +173,7 @@ class Engine(Model):
         tokens = int(totals.pop("tokens"))
         self.criterion.start(totals)
         norm = self._train(batches)
-        sums = self._global(self._measured(self.criterion.sums))
+        sums = self._global(self._measured(self.criterion.sums, totals))
         loss = weighted_mean(sums, totals, self.objective.heads)
         return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps, tokens)
 

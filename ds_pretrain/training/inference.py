@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class FrozenModel(Model):
         self.criterion = Criterion(objective, DataComm(mesh), 1.0)
         self.network = Network(self.build).to(mesh.device).eval()
         self._load()
+
+    def under(self, objective: Objective) -> FrozenModel:
+        """The same weights, scored for another objective that asks for the same heads or fewer."""
+        if objective is self.objective:
+            return self
+        other = copy.copy(self)
+        other.objective, other.criterion = objective, Criterion(objective, self.criterion.comm, 1.0)
+        return other
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [B, V] after each row of ids [B, S]."""

@@ -126,7 +126,7 @@ class PreTrainer:
     def evaluate(self, split: str, max_tokens: int | None = None) -> dict[str, Any]:
         """Loss and what it means (perplexity and bits per byte, or accuracy) on another split of the dataset."""
         scores = evaluate(self.model, self.dataset.split(split), max_tokens or self.eval_tokens)
-        return {"split": split, **scores.as_metrics(self.objective.kind)}
+        return {"split": split, **scores.as_metrics(self.objective.measure)}
 
     def save(self) -> Path:
         """Write a checkpoint of this step now (collective)."""

@@ -15,6 +15,7 @@ class Backwards(Objective):
 
     heads = (Head("backwards"),)
     kind = "causal"
+    measure = "likelihood"
     eod = False
 
     def piece(self, max_len):

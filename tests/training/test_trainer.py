@@ -64,7 +64,7 @@ def test_the_api_of_the_contract_trains_a_masked_model(data):
     result = made.train()
     assert made.step == 2 and result.finite and made.optimizer.lr == 3e-4
     assert 0.7 * math.log(len(tokenizer)) < result.loss < 1.3 * math.log(len(tokenizer))
-    with pytest.raises(ValueError, match="mlm predicts tokens from both sides, so it has no perplexity"):
+    with pytest.raises(ValueError, match="the loss of mlm is not the likelihood of the text, so it has no perplexity"):
         evaluate_perplexity(made.model, dataset.split("test"))
 
 
