@@ -29,6 +29,8 @@ app = typer.Typer(
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a log is no 80 columns wide
 err = Console(stderr=True, highlight=False)
 
+ASSUMED_VOCABULARY = 32768
+"""What `plan` counts with before there is a tokenizer."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]
 Run = Annotated[str, typer.Argument(help="A run file, or the name of one in ds_configs/runs (see `list runs`).")]
 Output = Annotated[str, typer.Argument(help="The output folder of a run.")]
@@ -150,7 +152,11 @@ def plan(
 
     config = load_run(run, overrides or [])
     _refuse(run, config.check(world))
-    for table in tables(config, world, _tokenizer_size(config)):
+    size = _tokenizer_size(config)
+    if size is None and config.model.vocab is None:
+        size = ASSUMED_VOCABULARY
+        out.print(f"{config.data.path} holds no tokenizer yet: a vocabulary of {size:,} is assumed (or give model.vocab)")
+    for table in tables(config, world, size):
         out.print(table)
 
 
