@@ -249,7 +249,13 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
     tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     try:
         dataset = PretrainingDataset(
-            config.data.path, tokenizer, config.batch.seq_len, config.make_objective(), "train", config.seed
+            config.data.path,
+            tokenizer,
+            config.batch.seq_len,
+            config.make_objective(),
+            "train",
+            config.seed,
+            config.batch.lengths,
         )
     except ValueError as error:
         raise ConfigError(run, str(error).split("; ")) from error

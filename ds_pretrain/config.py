@@ -57,6 +57,8 @@ class BatchConfig(_Section):
     """Rows of one micro-batch; None: a data rank's rows in one."""
     seq_len: int = Field(256, ge=8)
     """Positions of a row."""
+    lengths: dict[int, int] = {}
+    """Curriculum: pieces consumed to the most positions of an example from there on, e.g. {0: 64, 20000: 256}."""
 
 
 class ParallelConfig(_Section):

@@ -8,14 +8,16 @@ data ranks, on worker counts or on where a run was resumed. Each epoch is a whol
 exactly once. The price: the last row of a block may stay unfilled (0.1% of positions), and the first row waits for one
 block's plan (milliseconds).
 
-A sample's number is `(epoch * pieces + piece) * variants + variant`: which of a mixture's objectives makes it is drawn
-before a token is read. Evaluation is the epoch -1, whose masks are the same every time; -2, -3 ... are further draws.
+A sample's number is `((epoch * pieces + piece) * slots + slot) * variants + variant`. Which variant makes it (a mixture has
+several) is drawn before a token is read. Slot 0 is the whole piece; a curriculum of lengths cuts early pieces into more,
+one slot each. Evaluation is the epoch -1, whose masks are the same every time; -2, -3 ... are further draws.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -27,7 +29,7 @@ from ds_pretrain.core.batch import Batch, Document, Example
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import Layout, collate, collate_causal
 from ds_pretrain.data.order import permute, uniform
-from ds_pretrain.data.packing import Cut, Packing, Pieces, alone, pack, waste
+from ds_pretrain.data.packing import Cut, Packing, Pieces, Slots, alone, pack, waste
 from ds_pretrain.data.store import Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import CausalLanguageModeling, Objective, create
@@ -39,6 +41,8 @@ BLOCK_ROWS = 1024
 BLOCK_PIECES = 1 << 16
 """Pieces of one plan at most, so that tiny documents in long rows cannot make a plan slow."""
 EVALUATION = -1
+LATEST = np.iinfo(np.int64).max
+"""The ordinal after every schedule."""
 
 Row = tuple[int, ...]
 
@@ -48,6 +52,15 @@ class Cursor(NamedTuple):
 
     block: int = 0
     row: int = 0
+
+
+class Number(NamedTuple):
+    """What sample numbers stand for, arrays of one length."""
+
+    epoch: np.ndarray
+    piece: np.ndarray
+    slot: np.ndarray
+    variant: np.ndarray
 
 
 class Documents(Protocol):
@@ -74,17 +87,30 @@ class Evaluation:
 
 
 class Samples:
-    """The rows of one store under one objective."""
+    """The rows of one store under one objective.
+
+    lengths: a curriculum, pieces consumed to the most positions that an example has from there on; rows stay as long as
+    they are and hold more examples.
+    """
 
     def __init__(
-        self, store: Documents, vocab: Vocabulary, seq_len: int, objective: Objective | str, source: str, seed: int
+        self,
+        store: Documents,
+        vocab: Vocabulary,
+        seq_len: int,
+        objective: Objective | str,
+        source: str,
+        seed: int,
+        lengths: Mapping[int, int] | None = None,
     ) -> None:
         objective = create(objective) if isinstance(objective, str) else objective
-        refuse(objective.check(vocab, seq_len))
+        self.lengths = dict(sorted((lengths or {}).items()))
+        refuse([*objective.check(vocab, seq_len), *_check_lengths(self.lengths, objective, vocab, seq_len)])
         self.store, self.vocab, self.seq_len, self.source, self.seed = store, vocab, seq_len, source, seed
         self.objective = objective
         usable = np.asarray(store.lengths, np.int64) - (not objective.eod)
         self.pieces = Pieces(usable, objective.piece(seq_len), objective.shortest)
+        self.slots = Slots(self.pieces, [objective.piece(length) for length in self.lengths.values()])
         self.variants = objective.variants
         refuse(self._problems())
         self.blocks = self._blocks()
@@ -107,11 +133,20 @@ class Samples:
         shape: tuple[int | str, ...] = (size, longest, int(objective.packed), int(objective.eod))
         if len(self.variants) > 1:
             shape += (repr(objective),)
+        if self.lengths:
+            shape += (repr(self.lengths),)
         return f"{rng.key(self.store.digest, self.source, self.seed, self.seq_len, *shape):032x}"
 
     def piece(self, i: int) -> Document:
         """A piece of the corpus by its number."""
         return self._documents(self.pieces.cut(np.array([i])))[0]
+
+    def consumed(self, rows: Sequence[Row]) -> Counter[str]:
+        """Samples of these rows by the component that makes them; empty where there is but one."""
+        if len(self.variants) == 1:
+            return Counter()
+        variants = self.decode(np.array([sample for row in rows for sample in row], dtype=np.int64)).variant
+        return Counter(getattr(self.variants[i], "name", str(i)) for i in variants.tolist())
 
     def example(self, sample: int) -> Example:
         return self._examples([sample])[0]
@@ -136,7 +171,8 @@ class Samples:
         if type(self.objective) is not CausalLanguageModeling:
             made = iter(self._examples(samples))
             return collate([[next(made) for _ in row] for row in rows], self.objective, self.vocab, self.seq_len)
-        cut = self.pieces.cut(np.array(samples, dtype=np.int64) % len(self))
+        number = self.decode(np.array(samples, dtype=np.int64))
+        cut = self.slots.cut(number.piece, number.slot)
         layout = Layout.of([len(row) for row in rows], cut.stop - cut.start, self.seq_len)
         fresh = cut.start == 0
         bounds = zip(cut.document.tolist(), (cut.start - ~fresh).tolist(), cut.stop.tolist(), strict=True)
@@ -154,20 +190,20 @@ class Samples:
         rows: list[Row] = []
         for start in range(0, pieces, BLOCK_PIECES):
             chunk = np.arange(start, min(start + BLOCK_PIECES, pieces))
-            rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), np.iinfo(np.int64).max))
+            rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), LATEST))
         text = np.asarray(self.store.text[:count], dtype=np.int64).sum(axis=0)
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
     def waste(self, block: int = 0) -> float:
         """The share of positions of a block that hold no example."""
-        epoch, pieces, ordinal = self._ordered(block)
-        sizes = self._sizes(pieces, self._variant(epoch, pieces, ordinal))
+        sizes, _ = self._planning(*self._ordered(block))
         return waste(sizes, self._pack(sizes), self.seq_len)
 
-    def decode(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(epoch, piece, variant) of sample numbers."""
+    def decode(self, samples: np.ndarray) -> Number:
+        """What sample numbers stand for."""
         samples, variant = np.divmod(np.asarray(samples, dtype=np.int64), len(self.variants))
-        return *np.divmod(samples, len(self)), variant
+        samples, slot = np.divmod(samples, len(self.slots))
+        return Number(*np.divmod(samples, len(self)), slot, variant)
 
     def _problems(self) -> list[str]:
         problems, documents = [], int(np.count_nonzero(self.pieces.usable))
@@ -193,9 +229,18 @@ class Samples:
 
     def _rows(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> list[Row]:
         """These pieces as packed rows of samples."""
-        variant = self._variant(epoch, pieces, ordinal)
-        samples = (epoch * len(self) + pieces) * len(self.variants) + variant
-        return self._pack(self._sizes(pieces, variant)).rows(samples)
+        sizes, samples = self._planning(epoch, pieces, ordinal)
+        return self._pack(sizes).rows(samples)
+
+    def _planning(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes and numbers of the samples that these pieces give."""
+        which, slot = self.slots.of(pieces, np.searchsorted(list(self.lengths), ordinal, side="right"))
+        pieces, ordinal = pieces[which], ordinal[which]
+        variant = self._variant(epoch, pieces * len(self.slots) + slot, ordinal)
+        cut = self.slots.cut(pieces, slot)
+        tokens = cut.stop - cut.start
+        sizes = np.choose(variant, [each.size(tokens) for each in self.variants])
+        return sizes, ((epoch * len(self) + pieces) * len(self.slots) + slot) * len(self.variants) + variant
 
     def _ordered(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
         """A block's epoch, its pieces in order, and how many samples come before each."""
@@ -204,28 +249,24 @@ class Samples:
         places = np.arange(first, stop)
         return epoch, permute(places, len(self), self.seed, epoch, self.source), epoch * len(self) + places
 
-    def _variant(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
+    def _variant(self, epoch: int, numbers: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
         """Which of the objective's variants makes each sample."""
         if len(self.variants) == 1:
-            return np.zeros(len(pieces), dtype=np.int64)
-        return self.objective.pick(uniform(pieces, self.seed, _when(epoch), self.source, self.objective.name), ordinal)
-
-    def _sizes(self, pieces: np.ndarray, variant: np.ndarray) -> np.ndarray:
-        cut = self.pieces.cut(pieces)
-        tokens = cut.stop - cut.start
-        return np.choose(variant, [each.size(tokens) for each in self.variants])
+            return np.zeros(len(numbers), dtype=np.int64)
+        return self.objective.pick(uniform(numbers, self.seed, _when(epoch), self.source, self.objective.name), ordinal)
 
     def _pack(self, sizes: np.ndarray) -> Packing:
         return pack(sizes, self.seq_len) if self.objective.packed else alone(sizes)
 
     def _examples(self, samples: Sequence[int]) -> list[Example]:
-        epochs, pieces, variants = self.decode(np.asarray(samples))
-        chosen = [pieces, *(self._partners(epochs, pieces, k) for k in range(1, self.objective.documents))]
-        columns = [self._documents(self.pieces.cut(column)) for column in chosen]
-        numbers = zip(epochs.tolist(), pieces.tolist(), variants.tolist(), strict=True)
+        epochs, pieces, slots, variants = self.decode(np.asarray(samples))
+        partners = [self._partners(epochs, pieces, k) for k in range(1, self.objective.documents)]
+        cuts = [self.slots.cut(pieces, slots), *(self.pieces.cut(column) for column in partners)]
+        columns = [self._documents(cut) for cut in cuts]
+        numbers = zip(epochs.tolist(), pieces.tolist(), slots.tolist(), variants.tolist(), strict=True)
         return [
-            self.variants[variant].example(docs, self.vocab, self.seq_len, self._generator(epoch, piece))
-            for docs, (epoch, piece, variant) in zip(zip(*columns, strict=True), numbers, strict=True)
+            self.variants[variant].example(docs, self.vocab, self.seq_len, self._generator(epoch, piece, *[slot] * (slot > 0)))
+            for docs, (epoch, piece, slot, variant) in zip(zip(*columns, strict=True), numbers, strict=True)
         ]
 
     def _documents(self, cut: Cut) -> list[Document]:
@@ -266,6 +307,7 @@ class PretrainingDataset(Samples):
         objective: Objective | str = "mlm",
         split: str = "train",
         seed: int = 0,
+        lengths: Mapping[int, int] | None = None,
     ) -> None:
         self.data_path = Path(data_path)
         self.tokenizer = TextTokenizer.load(self.data_path / "tokenizer") if tokenizer is None else tokenizer
@@ -275,11 +317,25 @@ class PretrainingDataset(Samples):
                 f"{self.data_path / split} was prepared with tokenizer {store.tokenizer_digest}, but the one given is "
                 f"{self.tokenizer.digest}: prepare the data again with it, or use {self.data_path / 'tokenizer'}"
             )
-        super().__init__(store, self.tokenizer.vocabulary, seq_len, objective, split, seed)
+        super().__init__(store, self.tokenizer.vocabulary, seq_len, objective, split, seed, lengths)
 
     def split(self, name: str, objective: Objective | None = None) -> PretrainingDataset:
         """Another split of the same folder under the same settings, or under another objective."""
-        return PretrainingDataset(self.data_path, self.tokenizer, self.seq_len, objective or self.objective, name, self.seed)
+        return PretrainingDataset(
+            self.data_path, self.tokenizer, self.seq_len, objective or self.objective, name, self.seed, self.lengths
+        )
+
+
+def _check_lengths(lengths: Mapping[int, int], objective: Objective, vocab: Vocabulary, seq_len: int) -> list[str]:
+    """What is wrong with a curriculum of lengths."""
+    problems = [f"length schedule starts at {start} pieces: it must start at 0" for start in [*lengths][:1] if start != 0]
+    for start, length in lengths.items():
+        if length > seq_len:
+            problems.append(
+                f"length schedule has {length} positions from piece {start} on, batch.seq_len is {seq_len}: lower it"
+            )
+        problems += objective.check(vocab, length)
+    return problems
 
 
 def _when(epoch: int) -> int | str:

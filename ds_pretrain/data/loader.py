@@ -7,7 +7,7 @@ would have given the step. The price: collation holds the interpreter lock for p
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -18,10 +18,12 @@ from ds_pretrain.data.dataset import Cursor, Row, Samples
 
 
 class Step(NamedTuple):
-    """This rank's micro-batches of one step, and the position where the next step starts."""
+    """This rank's micro-batches of one step, the position where the next step starts, and the step's samples over all ranks
+    by the component of a mixture that makes them."""
 
     batches: list[Batch]
     cursor: Cursor
+    consumed: Counter[str] = Counter()
 
 
 class Loader:
@@ -73,7 +75,7 @@ class Loader:
         """Runs in the one thread, so the cursor moves in order."""
         rows, cursor = self.dataset.rows(self._next, self.global_size)
         mine = own_rows(rows, self.micro_size, self.data_rank, self.data_size)
-        step = Step([self.dataset.collate(micro) for micro in mine], cursor)
+        step = Step([self.dataset.collate(micro) for micro in mine], cursor, self.dataset.consumed(rows))
         self._next = cursor
         return step
 

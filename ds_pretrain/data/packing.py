@@ -8,6 +8,7 @@ pieces (1 to 2 million pieces a second). The result equals placing the pieces on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,6 +50,45 @@ class Pieces:
     def first(self, document: np.ndarray) -> np.ndarray:
         """The number of each document's first piece; of the next document's where it has none."""
         return np.where(document > 0, self.ends[document - 1], 0)
+
+
+class Slots:
+    """Pieces cut further, for a curriculum that starts with short examples.
+
+    Slot 0 is a whole piece; each shorter size has as many slots as the longest piece has cuts of it. sizes: tokens of a cut
+    at most, one for each stage of the curriculum; a stage whose size is that of the pieces uses slot 0.
+    """
+
+    def __init__(self, pieces: Pieces, sizes: Sequence[int]) -> None:
+        self.pieces, self.sizes = pieces, np.array([pieces.size, *sizes], dtype=np.int64)
+        counts = np.where(self.sizes < pieces.size, -(-pieces.size // self.sizes), 1)
+        counts[1:][self.sizes[1:] >= pieces.size] = 0
+        self.first = np.cumsum(counts) - counts
+        self.first[self.sizes >= pieces.size] = 0
+        self.size_of = np.repeat(self.sizes, counts)
+        self.start_of = np.arange(len(self.size_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+    def __len__(self) -> int:
+        return len(self.size_of)
+
+    def of(self, pieces: np.ndarray, stage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(index into `pieces`, slot) of every cut of these pieces; stage 0 is before any curriculum."""
+        cut = self.pieces.cut(pieces)
+        size = self.sizes[stage]
+        counts = np.where(size < self.pieces.size, -(-(cut.stop - cut.start) // size), 1)
+        which = np.repeat(np.arange(len(pieces)), counts)
+        number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return which, self.first[stage][which] + number
+
+    def cut(self, piece: np.ndarray, slot: np.ndarray) -> Cut:
+        """Where these cuts lie. A last one that would be too short takes what it lacks from the one before it."""
+        whole = self.pieces.cut(piece)
+        size, number = self.size_of[slot], self.start_of[slot]
+        latest = whole.stop - self.pieces.shortest
+        start = np.where(number > 0, np.minimum(whole.start + number * size, latest), whole.start)
+        follows = whole.start + (number + 1) * size < whole.stop
+        stop = np.where(follows, np.minimum(whole.start + (number + 1) * size, latest), whole.stop)
+        return Cut(whole.document, start, stop)
 
 
 class Packing(NamedTuple):

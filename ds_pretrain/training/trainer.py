@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class PreTrainer:
         if compile:
             self.model.compile()
         self.progress = progress and self.mesh.rank == 0
-        self.step, self.tokens, self.cursor = 0, 0, Cursor()
+        self.step, self.tokens, self.cursor, self.consumed = 0, 0, Cursor(), Counter[str]()
         if self.output:
             self._open(self.output)
 
@@ -138,6 +139,7 @@ class PreTrainer:
             "data": self.dataset.digest,
             "cursor": list(self.cursor),
             "tokens": self.tokens,
+            "consumed": dict(sorted(self.consumed.items())),
             "layout": str(self.plan),
             "world": self.mesh.world,
             "seed": self.seed,
@@ -146,10 +148,10 @@ class PreTrainer:
 
     def _one_step(self, loader: Loader, metrics: MetricsLog) -> StepResult:
         began = time.perf_counter()
-        batches, cursor = next(loader)
+        batches, cursor, consumed = next(loader)
         lr = self.optimizer.rate(self.step + 1, self.max_steps)
         result = self.model.step(batches, self.step + 1, lr)
-        self.step, self.cursor = self.step + 1, cursor
+        self.step, self.cursor, self.consumed = self.step + 1, cursor, self.consumed + consumed
         self.tokens += result.tokens
         if self.step % self.log_every == 0 or not result.finite:
             metrics.write(self._line(result, batches, lr, time.perf_counter() - began))
@@ -196,6 +198,7 @@ class PreTrainer:
             )
         checkpoint.load(snapshot, self.model)
         self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
+        self.consumed = Counter(m["consumed"])
         if self.mesh.rank == 0:
             log.warning("resuming from %s at step %d of %d", snapshot.path, self.step, self.max_steps)
 

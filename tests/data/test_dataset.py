@@ -1,6 +1,7 @@
 """The stream of rows: exactly once per epoch, the same for every reader; planes that keep examples apart."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ds_pretrain.core import rng
 from ds_pretrain.data.collate import collate, realised
 from ds_pretrain.data.dataset import EVALUATION, Cursor, PretrainingDataset, Samples
 from ds_pretrain.data.store import Store, StoreWriter
-from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling
+from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling, create
 
 SEQ = 64
 objectives = pytest.mark.parametrize("name", list(REGISTRY))
@@ -48,9 +49,9 @@ def test_every_epoch_uses_every_piece_exactly_once(name, blocks):
     orders = []
     for epoch in range(3):
         samples = [sample for row in epoch_of_rows(data, epoch) for sample in row]
-        epochs, pieces, _ = data.decode(samples)
-        assert set(epochs.tolist()) == {epoch} and sorted(pieces.tolist()) == list(range(len(data)))
-        orders.append(pieces.tolist())
+        number = data.decode(samples)
+        assert set(number.epoch.tolist()) == {epoch} and sorted(number.piece.tolist()) == list(range(len(data)))
+        orders.append(number.piece.tolist())
     assert orders[0] != orders[1] != orders[2]
     assert not np.array_equal(data._ordered(0)[1], data._ordered(data.blocks)[1])
 
@@ -195,6 +196,71 @@ def test_lengths_do_not_drift_within_a_block():
     assert abs(np.corrcoef(np.arange(1000), counts)[0, 1]) < 5 / np.sqrt(1000)
 
 
+SHORT = {0: 16, 150: 32, 400: SEQ}
+
+
+@objectives
+def test_a_curriculum_cuts_early_pieces_and_loses_nothing(name):
+    """Over two epochs: the first pieces give short examples, then longer ones, then whole ones, every token once."""
+    objective = create(name)
+    if objective.check(VOCAB, 16):
+        with pytest.raises(ValueError, match="too short"):
+            dataset(name, lengths=SHORT)
+        return
+    data, whole = dataset(name, lengths=SHORT), dataset(name)
+    assert len(data) == len(whole)
+    for epoch in (0, 1):
+        number = data.decode([s for row in epoch_of_rows(data, epoch) for s in row])
+        cut, pieces = data.slots.cut(number.piece, number.slot), data.pieces.cut(np.arange(len(data)))
+        assert Counter(zip(cut.document, cut.start, strict=True)).most_common(1)[0][1] == 1
+        assert (cut.stop - cut.start >= objective.shortest).all()
+        assert (cut.stop - cut.start).sum() == (pieces.stop - pieces.start).sum()
+    _, pieces, ordinal = data._ordered(0)
+    for low, high, length in ((0, 150, 16), (150, 400, 32)):
+        early = (ordinal >= low) & (ordinal < high)
+        _, samples = data._planning(0, pieces[early], ordinal[early])
+        found = [data.example(int(sample)) for sample in samples[:40]]
+        assert max(sum(len(part.inputs) for part in (e, *e.then)) for e in found) <= length
+    assert data.evaluation(2000) == replace(whole.evaluation(2000), rows=data.evaluation(2000).rows)
+    assert data.digest != whole.digest
+
+
+def test_a_curriculum_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="starts at 5 pieces"):
+        dataset("clm", lengths={5: 16})
+    with pytest.raises(ValueError, match=r"128 positions from piece 9 on, batch.seq_len is 64"):
+        dataset("clm", lengths={0: 16, 9: 128})
+
+
+def test_a_mixture_follows_its_schedule_and_counts_what_it_consumed():
+    """Shares of samples move from 90:10 to 0:100 over the first 2,000 pieces."""
+    mixture = create("mixture", weights={"clm": 0.9, "mlm": 0.1}, schedule={2000: {"mlm": 1.0}})
+    data = dataset(mixture, corpus(3000))
+    shares = []
+    for low in range(0, 2800, 400):
+        ordinal = np.arange(low, low + 400)
+        variant = data._variant(0, ordinal, ordinal)
+        shares.append((variant == 1).mean())
+        wanted = 0.1 + 0.9 * min(1.0, (low + 200) / 2000) if low < 2000 else 1.0
+        assert abs(shares[-1] - wanted) < 5 * np.sqrt(0.25 / 400)
+    rows = epoch_of_rows(data, 0)
+    consumed = data.consumed(rows)
+    assert sum(consumed.values()) == len(data) and set(consumed) == {"clm", "mlm"}
+    assert dataset("clm").consumed(rows[:1]) == Counter()
+
+
+@pytest.mark.parametrize("by", ["samples", "tokens"])
+def test_weights_are_shares_of_what_they_say(by):
+    """80% causal, 20% masked: by loss tokens the masked one, which scores 15% of its tokens, is drawn more often."""
+    data = dataset(create("mixture", weights={"clm": 0.8, "mlm": 0.2}, by=by), corpus(3000))
+    batch = data.collate(epoch_of_rows(data, 0))
+    tokens = {name: target.total for name, target in batch.targets.items()}
+    samples = data.consumed(epoch_of_rows(data, 0))
+    share = {"tokens": tokens["mlm"] / sum(tokens.values()), "samples": samples["mlm"] / samples.total()}[by]
+    assert share == pytest.approx(0.2, abs=0.03)
+    assert (samples["mlm"] / samples.total() > 0.5) == (by == "tokens")
+
+
 def test_seeds_and_sources_give_other_orders_and_masks():
     def stream(**settings):
         rows, _ = dataset("mlm", **settings).rows(Cursor(), 4)
@@ -213,9 +279,9 @@ def test_evaluation_takes_whole_documents_up_to_the_limit(name):
     assert plan.tokens == store.lengths[: plan.documents].sum() <= 1000
     assert plan.tokens + store.lengths[plan.documents] > 1000
     assert (plan.bytes, plan.words) == (5 * plan.tokens, plan.tokens)
-    epochs, numbers, _ = data.decode([sample for row in plan.rows for sample in row])
-    assert set(epochs.tolist()) == {EVALUATION}
-    pieces = Counter(numbers.tolist())
+    number = data.decode([sample for row in plan.rows for sample in row])
+    assert set(number.epoch.tolist()) == {EVALUATION}
+    pieces = Counter(number.piece.tolist())
     assert pieces == Counter(range(int(data.pieces.ends[plan.documents - 1])))
     assert data.evaluation(int(store.lengths[:5].sum())).documents == 5
     assert data.evaluation(0).documents == data.evaluation(1).documents == 1
