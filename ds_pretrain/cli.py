@@ -142,6 +142,77 @@ def preview(
 
 
 @app.command()
+def infill(
+    output: Output,
+    documents: Annotated[int, typer.Option(help="Documents to take a line out of.")] = 50,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    tokens: Annotated[int, typer.Option(help="Tokens of a line at most.")] = 64,
+    show: Annotated[int, typer.Option(help="Attempts to print.")] = 3,
+) -> None:
+    """Let a fill-in-the-middle run write missing lines: how many are exact, and how much Python still parses."""
+    from rich.progress import track
+
+    from ds_pretrain.evaluation import infill as task
+
+    model, dataset = _load(output)
+    if problems := dataset.vocab.lacks("infilling", task.NAMES):
+        raise ValueError(problems[0])
+    part = dataset.split(split)
+    gaps = list(task.gaps(part, documents))
+    tried = [task.infill(model, part, gap, tokens) for gap in track(gaps, "infill", console=err, disable=model.mesh.rank > 0)]
+    if model.mesh.rank == 0:
+        for attempt in tried[:show]:
+            out.print(
+                f"[dim]{escape(attempt.gap.before[-200:])}[/dim][bold green]{escape(attempt.written)}[/bold green]", end=""
+            )
+            out.print(
+                f"[dim]{escape(attempt.gap.after[:100])}[/dim]\n  was: [cyan]{escape(attempt.gap.middle.rstrip())}[/cyan]\n"
+            )
+        python = [attempt for attempt in tried if attempt.gap.python]
+        table = Table("lines", "exact", "Python documents", "still parse", title=f"{output}, {split} split")
+        exact, parsed = sum(attempt.exact for attempt in tried), sum(attempt.parses for attempt in python)
+        table.add_row(str(len(tried)), _of(exact, tried), str(len(python)), _of(parsed, python))
+        out.print(table)
+
+
+@app.command()
+def similarity(
+    output: Output,
+    pairs: Annotated[str, typer.Argument(help="Lines of sentence TAB sentence TAB score.")],
+) -> None:
+    """Hold a run's sentence embeddings against human scores: Spearman, alignment, uniformity."""
+    from ds_pretrain.evaluation import embeddings
+
+    model, dataset = _load(output)
+    rows = [(a, b, float(score)) for a, b, score in embeddings.read_table(pairs, 3)]
+    found = embeddings.similarity(_embedder(model, dataset), rows)
+    if model.mesh.rank == 0:
+        table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
+        table.add_row(
+            str(found.pairs), f"{found.spearman:.4f}", str(found.equal), f"{found.alignment:.4f}", f"{found.uniformity:.4f}"
+        )
+        out.print(table)
+
+
+@app.command()
+def probe(
+    output: Output,
+    texts: Annotated[str, typer.Argument(help="Lines of text TAB label.")],
+) -> None:
+    """Classify texts by a logistic regression on a run's frozen states, beside the untrained network."""
+    from ds_pretrain.evaluation import embeddings
+
+    model, dataset = _load(output)
+    rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
+    found = embeddings.probe(_embedder(model, dataset), _embedder(model.untrained(), dataset), rows)
+    if model.mesh.rank == 0:
+        table = Table("features", "held-out accuracy", title=f"{output}, {texts}: {found.train} to fit, {found.test} held out")
+        for name, share in (("this run", found.accuracy), ("untrained", found.untrained), ("majority", found.majority)):
+            table.add_row(name, f"{share:.2%}")
+        out.print(table)
+
+
+@app.command()
 def plan(
     run: Run,
     overrides: Overrides = None,
@@ -260,6 +331,22 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
     except ValueError as error:
         raise ConfigError(run, str(error).split("; ")) from error
     return config, dataset
+
+
+def _embedder(model: Any, dataset: Any) -> Any:
+    """Texts to embeddings, framed as the encoder has seen them and cut to its length."""
+    vocab, encoder = dataset.vocab, model.objective.kind != "causal"
+    room = dataset.seq_len - 2
+
+    def embed(texts: list[str]) -> Any:
+        found = [ids[:room].tolist() for ids in dataset.tokenizer.encode_batch(texts)]
+        return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
+
+    return embed
+
+
+def _of(part: int, whole: list) -> str:
+    return f"{part} ({part / len(whole):.1%})" if whole else "-"
 
 
 def _tokenizer_size(config: RunConfig) -> int | None:

@@ -339,7 +339,7 @@ class Network(nn.Module):
     def forward(self, batch: Batch, criterion: Callable[[Answers, Batch], Any]) -> Any:
         """What `criterion` makes of the answers; called inside, so that sharded parameters are there for the heads."""
         planes, generated = first_inputs(batch), None
-        if self.filled is not None:
+        if self.filled is not None and self.filled in batch.targets:
             generated = _through(self.generate, planes)
             planes = (generated.fill(batch.targets[self.filled].weights != 0), *planes[1:])
         answers: Answers = _through(self.steps, planes)

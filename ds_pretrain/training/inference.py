@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.models.transformer import Network
+from ds_pretrain.models.transformer import Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm
 from ds_pretrain.parallel.mesh import Mesh
@@ -59,6 +59,31 @@ class FrozenModel(Model):
         last = position == tokens.shape[1] - 1
         with torch.no_grad():
             return self.network(batch, lambda answers, _: answers.logits(last))
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """One vector [H] for each sequence of ids, [n, H] fp32 on the CPU: the state of its first position, where the
+        objective trains that one ([CLS] of SimCSE and of the pair tasks), else the mean over its positions."""
+        found = [self._embed(texts[i : i + self.micro_size]) for i in range(0, len(texts), self.micro_size)]
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        device, length = self.mesh.device, max(map(len, texts))
+        tokens = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts], device=device)
+        real = torch.arange(length, device=device) < torch.tensor([[len(ids)] for ids in texts], device=device)
+        position = torch.arange(length, device=device).repeat(len(texts), 1)
+        pattern = (AttentionPattern.causal if self.objective.kind == "causal" else AttentionPattern.full)(real.long())
+        states = self.network(Batch(tokens, position, pattern, {}), lambda answers, _: answers.states()).float()
+        if any(head.classes is not None and head.activation == "tanh" for head in self.objective.heads):
+            return states[:, 0].cpu()
+        return ((states * real[..., None]).sum(1) / real.sum(1, keepdim=True)).cpu()
+
+    def untrained(self) -> FrozenModel:
+        """The same network with its initial weights: what training is to be held against."""
+        other = copy.copy(self)
+        other.network = Network(self.build).to(self.mesh.device).eval()
+        initialise(other.network, self.build, 0)
+        return other
 
     def _evaluate(self, batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -1,0 +1,80 @@
+"""Infilling: a line is taken out of a document, and a fill-in-the-middle model writes it again.
+
+Single-line infilling as in Bavarian et al. 2022: the prompt is <PRE> before <SUF> after <MID>, decoding is greedy and ends
+with the document. Counted are lines written exactly, and, of documents that are Python, those that still parse.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_pretrain.core import rng
+from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.evaluation.generate import generate
+from ds_pretrain.objectives.fim import NAMES
+from ds_pretrain.training.inference import FrozenModel
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A document with one line missing."""
+
+    before: str
+    middle: str
+    after: str
+
+    @property
+    def python(self) -> bool:
+        return parses(self.before + self.middle + self.after)
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """One attempt."""
+
+    gap: Gap
+    written: str
+
+    @property
+    def exact(self) -> bool:
+        return self.written.rstrip("\n") == self.gap.middle.rstrip("\n")
+
+    @property
+    def parses(self) -> bool:
+        return parses(self.gap.before + self.written + self.gap.after)
+
+
+def parses(text: str) -> bool:
+    """Whether the text is a Python module."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def gaps(dataset: PretrainingDataset, count: int, seed: int = 0) -> Iterator[Gap]:
+    """One line of each of up to `count` documents, drawn by document: not blank, with text on both sides."""
+    draw = rng.generator("infill", seed)
+    found = 0
+    for number in draw.permutation(len(dataset.store.lengths)):
+        tokens = dataset.store.slice(int(number), 0, int(dataset.store.lengths[number]) - 1)
+        lines = dataset.tokenizer.decode(tokens.tolist()).splitlines(keepends=True)
+        full = [i for i, line in enumerate(lines) if line.strip() and 0 < i < len(lines) - 1]
+        if full and found < count:
+            at = int(draw.choice(full))
+            found += 1
+            yield Gap("".join(lines[:at]), lines[at], "".join(lines[at + 1 :]))
+
+
+def infill(model: FrozenModel, dataset: PretrainingDataset, gap: Gap, tokens: int = 64) -> Infilled:
+    """The missing line as the model writes it. Text beyond the model's window is cut off on the far sides."""
+    vocab, tokenizer = dataset.vocab, dataset.tokenizer
+    pre, suf, mid = (vocab.names[name] for name in NAMES)
+    room = max(8, (dataset.seq_len - tokens - 4) // 2)
+    before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
+    prompt = [pre, *before[-room:], suf, *after[:room], mid]
+    ids = generate(model, prompt, vocab.eod, vocab.specials, tokens, temperature=0)
+    return Infilled(gap, tokenizer.decode(list(ids)))

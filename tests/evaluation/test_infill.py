@@ -1,0 +1,63 @@
+"""Infilling: which line is missing, what the model is shown, and what counts as right."""
+
+import ast
+
+import pytest
+
+from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.evaluation import infill as task
+from ds_pretrain.evaluation.infill import Gap, Infilled, gaps, parses
+
+CODE = Gap("def f(x):\n", "    return x\n", "y = f(1)\n")
+
+
+@pytest.fixture(scope="module")
+def dataset(data):
+    return PretrainingDataset(data, seq_len=128, objective="fim").split("train")
+
+
+def test_gaps_are_lines_of_documents(dataset):
+    found = list(gaps(dataset, 20))
+    assert len(found) == 20 and found == list(gaps(dataset, 20)) != list(gaps(dataset, 20, seed=1))
+    texts = {
+        dataset.tokenizer.decode(dataset.store.slice(i, 0, int(n) - 1).tolist()) for i, n in enumerate(dataset.store.lengths)
+    }
+    for gap in found:
+        assert gap.before + gap.middle + gap.after in texts
+        assert gap.before and gap.after and gap.middle.strip() and gap.middle.count("\n") == 1
+    assert any(gap.python for gap in found) and not all(gap.python for gap in found)
+
+
+@pytest.mark.parametrize(
+    ("written", "exact", "good"),
+    [
+        ("    return x\n", True, True),
+        ("    return x", True, False),
+        ("    return 2\n", False, True),
+        ("  return (\n", False, False),
+    ],
+)
+def test_what_counts(written, exact, good):
+    attempt = Infilled(CODE, written)
+    assert (attempt.exact, attempt.parses) == (exact, good)
+    assert CODE.python and not Gap("def (", "x\n", "").python
+
+
+def test_what_is_no_python_is_no_error():
+    assert not parses("\0") and not parses("(" * 10_000) and parses("")
+    assert ast.parse(CODE.before + CODE.middle + CODE.after)
+
+
+def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatch):
+    seen = []
+    line = dataset.tokenizer.encode("    return x\n").tolist()
+    monkeypatch.setattr(task, "generate", lambda model, prompt, *_, **__: iter(seen.append(prompt) or line))
+    attempt = task.infill(None, dataset, CODE)
+    pre, suf, mid = (dataset.vocab.names[name] for name in ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+    encode = dataset.tokenizer.encode
+    assert seen == [[pre, *encode(CODE.before).tolist(), suf, *encode(CODE.after).tolist(), mid]]
+    assert attempt.exact and attempt.parses
+    long = Gap("x = 1\n" * 500, "y = 2\n", "z = 3\n" * 500)
+    task.infill(None, dataset, long, tokens=16)
+    assert len(seen[1]) <= 128 - 16 - 1 and seen[1][0] == pre and seen[1][-1] == mid
+    assert dataset.tokenizer.decode(seen[1][1 : seen[1].index(suf)]).endswith("x = 1\n")
