@@ -1,7 +1,7 @@
 """Infilling: a line is taken out of a document, and a fill-in-the-middle model writes it again.
 
 Single-line infilling as in Bavarian et al. 2022: the prompt is <PRE> before <SUF> after <MID>, decoding is greedy and ends
-with the document. Counted are lines written exactly, and, of documents that are Python, those that still parse.
+with the document or the line. Counted are lines written exactly, and, of documents that are Python, those that still parse.
 """
 
 from __future__ import annotations
@@ -76,5 +76,10 @@ def infill(model: FrozenModel, dataset: PretrainingDataset, gap: Gap, tokens: in
     room = max(8, (dataset.seq_len - tokens - 4) // 2)
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [pre, *before[-room:], suf, *after[:room], mid]
-    ids = generate(model, prompt, vocab.eod, vocab.specials, tokens, temperature=0)
-    return Infilled(gap, tokenizer.decode(list(ids)))
+    ids: list[int] = []
+    for token in generate(model, prompt, vocab.eod, vocab.specials, tokens, temperature=0):
+        ids.append(token)
+        if "\n" in tokenizer.decode([token]):
+            break
+    line, end, _ = tokenizer.decode(ids).partition("\n")
+    return Infilled(gap, line + end)
