@@ -92,7 +92,7 @@ def evaluate(
     model, dataset = _load(output)
     plain = model.objective.likelihood
     found: dict[str, dict[str, float]] = {}
-    for objective in dict.fromkeys([model.objective, plain or model.objective]):
+    for objective in [model.objective, *([plain] if plain and plain != model.objective else [])]:
         part = dataset.split(split, objective)
         scores = perplexity.evaluate(model.under(objective), part, max_tokens)
         rows = [(f"{objective.name} at step {model.snapshot.manifest['step']}", scores)]

@@ -41,6 +41,8 @@ BLOCK_ROWS = 1024
 BLOCK_PIECES = 1 << 16
 """Pieces of one plan at most, so that tiny documents in long rows cannot make a plan slow."""
 EVALUATION = -1
+LOOKED_AT = 200
+"""Documents that are checked before training where an objective asks for more than text."""
 LATEST = np.iinfo(np.int64).max
 """The ordinal after every schedule."""
 
@@ -212,7 +214,19 @@ class Samples:
                 f"{self.objective.name} makes an example from {self.objective.documents} documents that have text, "
                 f"{self.source} has {documents} of {len(self.store.lengths)}: prepare it from more text"
             )
-        return problems
+        return problems + self._unusable()
+
+    def _unusable(self) -> list[str]:
+        """One problem if a look at up to `LOOKED_AT` documents finds some that the objective cannot use."""
+        documents = np.unique(np.linspace(0, len(self.store.lengths) - 1, LOOKED_AT).astype(np.int64)).tolist()
+        whole = [Document(self.store.slice(i, 0, int(self.store.lengths[i]) - 1)) for i in documents]
+        found = [(i, why) for i, doc in zip(documents, whole, strict=True) if (why := self.objective.unusable(doc, self.vocab))]
+        if not found:
+            return []
+        return [
+            f"{len(found)} of {len(documents)} documents looked at have no example of {self.objective.name}: document "
+            f"{found[0][0]} has {found[0][1]}"
+        ]
 
     def _blocks(self) -> int:
         mean = np.array([max(1, int(self.pieces.usable.sum()) // len(self))])
