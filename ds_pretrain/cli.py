@@ -74,7 +74,8 @@ def train(
     trainer.train()
     if trainer.mesh.rank == 0 and trainer.output:
         _draw(trainer.output)
-        out.print(f"trained to step {trainer.step}: {trainer.output}  (next: ds-pretrain eval {trainer.output})")
+        verdict = "its loss DIVERGED, see above" if trainer.diverging else f"next: ds-pretrain eval {trainer.output}"
+        out.print(f"trained to step {trainer.step}: {trainer.output}  ({verdict})")
 
 
 @app.command(name="eval")
@@ -432,16 +433,21 @@ def _first_comment(path: Path) -> str:
 
 
 def main() -> None:
-    """Run a command; user mistakes end with a message and exit code 2."""
+    """Run a command; user mistakes end with a message and exit code 2, divergence with 3, a signal with 128 + its number."""
+    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.training.signals import InterruptedRun
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # deepspeed adds it; we read LOCAL_RANK
     try:
         app()
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, InterruptedRun) as error:
         if "--debug" in sys.argv:
             raise
-        err.print(f"[bold red]error[/bold red] {escape(str(error))}")
-        sys.exit(2 if isinstance(error, ValueError) else 3)
+        code = {ValueError: 2, ArithmeticError: 3}
+        if place().rank == 0 or not isinstance(error, (ConfigError, InterruptedRun)):  # those are the same on every rank
+            err.print(f"[bold red]error[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(next((number for kind, number in code.items() if isinstance(error, kind)), getattr(error, "exit_code", 1)))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,10 @@ class RunConfig(_Section):
             yield f"batch.seq_len {b.seq_len} is not divisible by parallel.tensor {p.tensor} for parallel.sequence"
         if world % (p.tensor * p.pipeline):
             need = p.tensor * p.pipeline
-            yield f"{world} ranks are not a multiple of parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} = {need}"
+            yield (
+                f"{world} rank{'s' * (world > 1)}: not a multiple of parallel.tensor {p.tensor} x parallel.pipeline "
+                f"{p.pipeline} = {need}: start that many, with launchers/local.sh -n {need} on this machine, or lower them"
+            )
             return
         data = world // (p.tensor * p.pipeline)
         unit = data * (b.micro_size or 1)
@@ -207,9 +210,12 @@ class RunConfig(_Section):
         if vocab_size and m.vocab and m.vocab != vocab_size:
             yield f"model.vocab {m.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
         if o.warmup_steps >= steps:
-            yield f"optimizer.warmup_steps {o.warmup_steps} is not below train.max_steps {steps}: lower it"
+            yield (
+                f"optimizer.warmup_steps {o.warmup_steps} is not below train.max_steps {steps}: add "
+                f"optimizer.warmup_steps={steps // 10}"
+            )
         if o.min_lr > o.lr:
-            yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}: lower it"
+            yield f"optimizer.min_lr {o.min_lr} is above optimizer.lr {o.lr}: add optimizer.min_lr={o.lr / 10:g}"
 
     def deepspeed_json(self) -> dict[str, Any]:
         """The DeepSpeed configuration as it stands in its file. ValueError naming the file if it is none."""
@@ -281,6 +287,9 @@ def _explain(error: dict[str, Any]) -> str:
         return unknown(name, str(error["loc"][-1]), section.model_fields)
     if error["type"] == "missing":
         return f"{place} is required"
+    if error["type"] in ("dict_type", "model_type") and isinstance(error["input"], str):
+        inner = {"objective": "name", "model": "preset", "data": "path", "deepspeed": "config"}.get(place, "KEY")
+        return f"{place} is a section: write {place}.{inner}={error['input']}"
     return f"{place}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,7 +107,7 @@ def test_plan_for_any_number_of_ranks(run_file, world):
 
 def test_plan_refuses_what_cannot_be(run_file):
     result = invoke("plan", run_file, "--world", 3, "parallel.tensor=2")
-    assert "3 ranks are not a multiple" in str(result.exception)
+    assert "3 ranks: not a multiple" in str(result.exception)
 
 
 def test_list_names_what_there_is():
@@ -162,13 +165,15 @@ def ends(monkeypatch, capsys, *arguments):
     "arguments, said",
     [
         (["model.hiden=3"], "did you mean 'hidden'"),
+        (["objective=mlm"], "objective is a section: write objective.name=mlm"),
+        (["train.max_steps=2"], "add optimizer.warmup_steps=0"),
         (["model"], "override 'model' must look like section.key=value"),
         (["data.path=/absent"], "holds no prepared data"),
         (["model.heads=3", "optimizer.warmup_steps=6"], "2 problems"),
         (["objective.name=mml"], "did you mean 'mlm'"),
         (["objective.mask_prob=0.5"], "objective:"),
         (["deepspeed.config=zero9"], "unknown deepspeed configuration 'zero9'"),
-        (["parallel.tensor=2"], "1 ranks are not a multiple of parallel.tensor 2"),
+        (["parallel.tensor=2"], "1 rank: not a multiple of parallel.tensor 2 x parallel.pipeline 1 = 2: start that many"),
         (["batch.global_size=10", "batch.micro_size=4"], "batch.global_size 10 is not divisible"),
     ],
 )
@@ -177,6 +182,25 @@ def test_a_mistake_in_a_run_ends_with_2_a_message_and_no_folder(run_file, tmp_pa
     code, text = ends(monkeypatch, capsys, "train", run_file, *arguments, f"output={output}")
     assert code == 2 and said in text and "Traceback" not in text
     assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(run_file, tmp_path, kind):
+    command = [sys.executable, "-m", "ds_pretrain", "train", run_file, "train.max_steps=100000", f"output={tmp_path}"]
+    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    limit = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "step-3").exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    started.send_signal(kind)
+    out, error = started.communicate(timeout=60)
+    assert started.returncode == 128 + kind, error
+    (told,) = re.findall(r"stopped after step ([\d,]+) of 100,000: it is saved", error)
+    assert "start: clm" in out and "Traceback" not in error
+    step = int(told.replace(",", ""))
+    assert max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()) == step
+    again = ok("train", run_file, f"train.max_steps={step + 2}", f"output={tmp_path}")
+    assert f"resuming at step {step:,}" in again
+    assert len(losses(tmp_path)) == step + 2
 
 
 @pytest.mark.parametrize("command", ["eval", "generate"])

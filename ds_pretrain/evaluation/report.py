@@ -139,7 +139,7 @@ def _best(values: Sequence[float], key: str) -> float | None:
 def _cell(key: str, value: float | None, best: float | None) -> str:
     if value is None:
         return "-"
-    text = COLUMNS[key][1].format(value)
+    text = f"{value:.2e}" if abs(value) >= 1e7 and key != "tokens_scored" else COLUMNS[key][1].format(value)
     return f"[bold]{text}[/bold]" if value == best else text
 
 

@@ -139,6 +139,12 @@ class Mesh:
         dist.all_reduce(values)
         return values
 
+    def max(self, value: int) -> int:
+        """The largest of every rank's numbers."""
+        box = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
     def agree(self, text: str) -> str:
         """Rank 0's text, on every rank."""
         box = [text]

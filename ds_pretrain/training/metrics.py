@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.config import ModelConfig
 
+SAY_EVERY = 30.0
+"""Seconds between two lines of a log."""
 PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
 """Dense bf16 peak by device name, FLOP/s (NVIDIA data sheets)."""
 
@@ -40,6 +45,53 @@ class MetricsLog:
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+class Watch:
+    """What whoever watches sees on rank 0: a bar, and lines beside it; a line every half minute where nobody sees a bar."""
+
+    def __init__(self, name: str, step: int, total: int, shown: bool) -> None:
+        self.shown = shown
+        terminal = Console(stderr=False)
+        self.console = terminal if terminal.is_terminal else Console(width=200)
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console, disable=not self.bar)
+        self._task = self._bar.add_task(name, total=total, completed=step, loss="")
+        self._total, self._said = total, time.monotonic()
+
+    @property
+    def bar(self) -> bool:
+        return self.shown and self.console.is_terminal
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        self._bar.update(self._task, completed=step, loss=f"loss {loss:.4f}")
+        if not self.bar and time.monotonic() - self._said > SAY_EVERY:
+            self._said = time.monotonic()
+            self.say(f"step {step:,} of {self._total:,}: loss {loss:.4f}, {rate:,.0f} tokens/s")
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """An evaluation in one line."""
+    shown = {"loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "bits_per_byte_bound": ".4f", "accuracy": ".2%"}
+    figures = ", ".join(f"{key.replace('_', ' ')} {found[key]:{form}}" for key, form in shown.items() if key in found)
+    return f"{found['split']} {figures}"
 
 
 def _cut(path: Path, step: int) -> None:

@@ -6,7 +6,7 @@ its output continues from it exactly where it stopped, and a run that finds itse
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset
@@ -26,13 +25,14 @@ from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
-from ds_pretrain.training.metrics import MetricsLog, mfu
+from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, told
 from ds_pretrain.training.optimizer import OptimizerConfig
-
-log = logging.getLogger(__name__)
+from ds_pretrain.training.signals import InterruptedRun, StopRequest
 
 ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """DeepSpeed's configuration when none is given: fp32, optimizer states divided over the data ranks."""
+FAR = 1.5
+"""A loss this many times that of the first step is said to diverge."""
 
 
 class DivergedError(ArithmeticError):
@@ -98,31 +98,54 @@ class PreTrainer:
             self.model.compile()
         self.progress = progress and self.mesh.rank == 0
         self.step, self.tokens, self.cursor, self.consumed = 0, 0, Cursor(), Counter[str]()
+        self._first_loss, self.diverging = 0.0, False
         if self.output:
             self._open(self.output)
 
     def train(self) -> StepResult | None:
-        """Run to `max_steps`; returns the last step's result (None if there was nothing left to do)."""
+        """Run to `max_steps`; returns the last step's result (None if there was nothing left to do).
+
+        Ctrl-C or SIGTERM on any rank ends it after the step at hand with a checkpoint of it and InterruptedRun.
+        """
         metrics = MetricsLog(self.output / "metrics.jsonl" if self.output and self.mesh.rank == 0 else None, self.step)
         loader = Loader(
             self.dataset, self.batch_size, self.micro_batch_size, self.mesh.at.data, self.mesh.data_size, self.cursor
         )
         result = None
-        with loader, self._bar() as bar:
-            task = bar.add_task(self.objective.name, total=self.max_steps, completed=self.step, shown="")
+        with loader, StopRequest() as stop, Watch(self.objective.name, self.step, self.max_steps, self.progress) as watch:
+            watch.say(self._header())
             while self.step < self.max_steps:
-                result = self._one_step(loader, metrics)
-                bar.update(task, completed=self.step, shown=f"loss {result.loss:.4f}")
+                result = self._one_step(loader, metrics, watch)
+                stopped = int(self.mesh.max(stop.number))
                 last = self.step == self.max_steps
-                if self.eval_every and (self.step % self.eval_every == 0 or last):
+                if self.eval_every and (self.step % self.eval_every == 0 or last) and not stopped:
                     found = self.evaluate("validation")
                     metrics.write({"step": self.step, "tokens": self.tokens, **found})
-                    if self.progress:
-                        bar.console.print(self._told(found), highlight=False)
-                if self.output and (last or (self.save_every and self.step % self.save_every == 0)):
+                    watch.say(f"step {self.step:,} of {self.max_steps:,}: {told(found)}")
+                if self.output and (last or stopped or (self.save_every and self.step % self.save_every == 0)):
                     self.save()
+                if stopped and not last:
+                    metrics.close()
+                    kept = (
+                        f"it is saved, the same command goes on from there ({self.output})"
+                        if self.output
+                        else "nothing is kept"
+                    )
+                    raise InterruptedRun(stopped, f"stopped after step {self.step:,} of {self.max_steps:,}: {kept}")
         metrics.close()
         return result
+
+    def _header(self) -> str:
+        """The run in one line."""
+        if self.step >= self.max_steps:
+            return f"already trained to step {self.step:,}: raise train.max_steps to go on"
+        parameters = self.shape.count_parameters() / 1e6
+        where = "start" if self.step == 0 else f"resuming at step {self.step:,}"
+        return (
+            f"{where}: {self.objective.name}, {parameters:,.1f}M parameters, {self.batch_size} x {self.dataset.seq_len} "
+            f"positions a step, {self.max_steps:,} steps, layout {self.plan} on {self.mesh.world} x {self.mesh.device.type}, "
+            f"ZeRO-{self.model.stage}, output {self.output or 'none'}"
+        )
 
     def evaluate(self, split: str, max_tokens: int | None = None) -> dict[str, Any]:
         """Loss and what it means (perplexity and bits per byte, or accuracy) on another split of the dataset."""
@@ -146,21 +169,35 @@ class PreTrainer:
         }
         return checkpoint.save(self.output / "checkpoints", self.model, self.step, facts, self.keep)
 
-    def _one_step(self, loader: Loader, metrics: MetricsLog) -> StepResult:
+    def _one_step(self, loader: Loader, metrics: MetricsLog, watch: Watch) -> StepResult:
         began = time.perf_counter()
         batches, cursor, consumed = next(loader)
         lr = self.optimizer.rate(self.step + 1, self.max_steps)
         result = self.model.step(batches, self.step + 1, lr)
         self.step, self.cursor, self.consumed = self.step + 1, cursor, self.consumed + consumed
         self.tokens += result.tokens
+        seconds = time.perf_counter() - began
+        watch.step(self.step, result.loss, result.tokens / seconds)
         if self.step % self.log_every == 0 or not result.finite:
-            metrics.write(self._line(result, batches, lr, time.perf_counter() - began))
+            metrics.write(self._line(result, batches, lr, seconds))
+        self._judge(result, watch)
+        return result
+
+    def _judge(self, result: StepResult, watch: Watch) -> None:
+        """Stops at what is not a number; says once when the loss has gone far above where it began."""
         if not result.finite:
             raise DivergedError(
-                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing was saved after it; "
-                "continue from the last checkpoint with a lower optimizer.lr or a tighter optimizer.clip"
+                f"step {self.step}: loss {result.loss:.6g}, gradient norm {result.grad_norm or math.nan:.6g}. Nothing was "
+                "saved after it; go on from the last checkpoint, or start anew where there is none, with a lower optimizer.lr or "
+                "a tighter optimizer.clip"
             )
-        return result
+        self._first_loss = self._first_loss or result.loss
+        if result.loss > FAR * self._first_loss and not self.diverging:
+            self.diverging = True
+            watch.say(
+                f"warning: the loss of step {self.step:,} is {result.loss:.4g}, it began with {self._first_loss:.4g}: the run "
+                "is diverging; stop it and lower optimizer.lr or raise optimizer.warmup_steps"
+            )
 
     def _line(self, result: StepResult, batches: list[Batch], lr: float, seconds: float) -> dict[str, Any]:
         heads = {name: result.sums[name] / total for name, total in result.totals.items() if total}
@@ -199,25 +236,6 @@ class PreTrainer:
         checkpoint.load(snapshot, self.model)
         self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
         self.consumed = Counter(m["consumed"])
-        if self.mesh.rank == 0:
-            log.warning("resuming from %s at step %d of %d", snapshot.path, self.step, self.max_steps)
-
-    def _told(self, found: Mapping[str, Any]) -> str:
-        """One line on an evaluation, for whoever watches or reads the log."""
-        shown = {"loss": ".4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "accuracy": ".2%"}
-        figures = ", ".join(f"{key.replace('_', ' ')} {found[key]:{form}}" for key, form in shown.items() if key in found)
-        return f"step {self.step:,} of {self.max_steps:,}: {found['split']} {figures}"
-
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not self.progress,
-        )
 
 
 def _fill(deepspeed: Mapping[str, Any], rows: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -23,8 +25,11 @@ from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import metrics
+from ds_pretrain.training.checkpoint import damages
 from ds_pretrain.training.optimizer import OptimizerConfig
+from ds_pretrain.training.signals import InterruptedRun
 from ds_pretrain.training.trainer import DivergedError
 
 TINY = ModelConfig(layers=2, hidden=32, heads=4)
@@ -185,6 +190,39 @@ def test_a_resumed_run_has_one_line_for_each_step(data, tmp_path):
     trainer(data, tmp_path, max_steps=5, save_every=2, eval_every=5).train()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 5]
     assert losses(tmp_path) == [json.loads(line)["loss"] for line in whole.splitlines()[:5]]
+
+
+def told_to_stop(data, output):
+    """On two ranks: only the second gets the signal, in the middle of its third step."""
+    made = trainer(data, output, max_steps=1000)
+    collate, calls = made.dataset.collate, []
+
+    def interrupting(rows):
+        calls.append(rows)
+        if made.mesh.rank == 1 and len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collate(rows)
+
+    made.dataset.collate = interrupting
+    try:
+        made.train()
+    except InterruptedRun as stopped:
+        assert stopped.exit_code == 143
+        return made.step
+    return None
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_with_one_checkpoint(data, tmp_path):
+    step = spawn(2, told_to_stop, data, tmp_path)
+    assert 1 <= step < 20
+    assert damages(tmp_path / "checkpoints" / f"step-{step}") == []
+
+
+def test_a_loss_far_above_its_start_is_told_once(data, tmp_path, capsys):
+    made = trainer(data, tmp_path, max_steps=12, optimizer=OptimizerConfig(lr=3.0, warmup_steps=0), progress=True)
+    made.train()
+    assert made.diverging and capsys.readouterr().out.count("the run is diverging") == 1
+    assert not trainer(data, max_steps=5).diverging
 
 
 def test_an_objective_the_dataset_was_not_made_for_is_refused(data, tmp_path):
