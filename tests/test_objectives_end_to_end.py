@@ -80,7 +80,10 @@ def test_embeddings_are_probed_and_compared(trained, tmp_path, name):
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
-        ({"name": "mixture", "weights": {"clm": -1, "mlm": 1}}, "must not be negative and not all be 0; at sample 0: clm -1, mlm 1"),
+        (
+            {"name": "mixture", "weights": {"clm": -1, "mlm": 1}},
+            "must not be negative and not all be 0; at sample 0: clm -1, mlm 1",
+        ),
         ({"name": "mixture", "weights": {"clm": 0}}, "not all be 0"),
         ({"name": "mixture", "weights": {"clmm": 1}}, "did you mean 'clm'"),
         ({"name": "span_corruption", "mean_span": 1, "density": 0.5}, "the tokenizer has 256 sentinels"),

@@ -92,6 +92,11 @@ class Objective(ABC):
         return {h.name: self._summed(read, batch, h.name) for h in self.heads}
 
     @property
+    def expected(self) -> Mapping[str, float]:
+        """Statistics of `data.collate.realised` that this objective promises, to be held against what comes out."""
+        return {}
+
+    @property
     def tallied(self) -> tuple[str, ...]:
         """What an evaluation counts: per head the `correct` positions, of heads with two classes also the `positive` labels
         and those of them that were `found`."""

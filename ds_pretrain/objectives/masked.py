@@ -9,7 +9,7 @@ tokenizer), or spans of words with geometric lengths (SpanBERT, Joshi et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -61,6 +61,11 @@ class MaskedLanguageModeling(Objective):
             raise ValueError("spans are drawn until a count is reached: use selection='exact' with unit='span'")
         if not 0 < self.span_prob <= 1 or self.span_max < 1:
             raise ValueError(f"span_prob {self.span_prob} must lie in (0, 1] and span_max {self.span_max} be at least 1")
+
+    @property
+    def expected(self) -> Mapping[str, float]:
+        kept = 1 - self.mask_token_prob - self.random_token_prob
+        return {"mlm/mask": self.mask_token_prob, "mlm/random": self.random_token_prob, "mlm/kept": kept}
 
     def piece(self, max_len: int) -> int:
         return max_len - 2

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ds_pretrain.core.batch import Batch
+from ds_pretrain.data.audit import Audit
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset
 from ds_pretrain.data.loader import Loader, check_sizes
 from ds_pretrain.evaluation.perplexity import evaluate
@@ -99,6 +100,7 @@ class PreTrainer:
         self.progress = progress and self.mesh.rank == 0
         self.step, self.tokens, self.cursor, self.consumed = 0, 0, Cursor(), Counter[str]()
         self._first_loss, self.diverging = 0.0, False
+        self.audit = Audit(objective, dataset.vocab)
         if self.output:
             self._open(self.output)
 
@@ -120,7 +122,7 @@ class PreTrainer:
                 last = self.step == self.max_steps
                 if self.eval_every and (self.step % self.eval_every == 0 or last) and not stopped:
                     found = self.evaluate("validation")
-                    metrics.write({"step": self.step, "tokens": self.tokens, **found})
+                    metrics.write({"step": self.step, "tokens": self.tokens, **found, "realised": self.audit.shares})
                     watch.say(f"step {self.step:,} of {self.max_steps:,}: {told(found)}")
                 if self.output and (last or stopped or (self.save_every and self.step % self.save_every == 0)):
                     self.save()
@@ -180,6 +182,10 @@ class PreTrainer:
         watch.step(self.step, result.loss, result.tokens / seconds)
         if self.step % self.log_every == 0 or not result.finite:
             metrics.write(self._line(result, batches, lr, seconds))
+        if self.mesh.rank == 0:
+            self.audit.add(batches)
+            for surprise in self.audit.surprises():
+                watch.say(surprise)
         self._judge(result, watch)
         return result
 
@@ -188,8 +194,8 @@ class PreTrainer:
         if not result.finite:
             raise DivergedError(
                 f"step {self.step}: loss {result.loss:.6g}, gradient norm {result.grad_norm or math.nan:.6g}. Nothing was "
-                "saved after it; go on from the last checkpoint, or start anew where there is none, with a lower optimizer.lr or "
-                "a tighter optimizer.clip"
+                "saved after it; go on from the last checkpoint, or start anew where there is none, with a lower "
+                "optimizer.lr or a tighter optimizer.clip"
             )
         self._first_loss = self._first_loss or result.loss
         if result.loss > FAR * self._first_loss and not self.diverging:

@@ -1,0 +1,42 @@
+"""The audit tells what strays from what was asked for, once, and is silent about what does not."""
+
+from dataclasses import dataclass
+
+import pytest
+from memory import VOCAB, corpus
+
+from ds_pretrain.data.audit import Audit
+from ds_pretrain.data.dataset import Cursor, Samples
+from ds_pretrain.objectives import REGISTRY, MaskedLanguageModeling, create
+
+
+def audited(objective, expected=None, rows=400):
+    data = Samples(corpus(800), VOCAB, 64, objective, "train", 0)
+    audit, cursor, told = Audit(expected or objective, VOCAB), Cursor(), []
+    for _ in range(10):
+        taken, cursor = data.rows(cursor, rows // 10)
+        audit.add([data.collate(taken)])
+        told += audit.surprises()
+    return audit, told
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_no_objective_surprises_itself(name):
+    audit, told = audited(create(name))
+    assert told == [] and 0 < audit.shares["useful"] <= 1
+    assert set(create(name).expected) <= set(audit.shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong(MaskedLanguageModeling):
+    """Promises another split than it makes."""
+
+    @property
+    def expected(self):
+        return {"mlm/mask": 0.9, "mlm/random": 0.1}
+
+
+def test_a_broken_promise_is_told_once_with_the_numbers():
+    _, told = audited(create("mlm"), Wrong())
+    (text,) = told
+    assert text.startswith("warning: mlm/mask is ") and "positions, 90.00% were asked for" in text
