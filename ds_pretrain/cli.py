@@ -119,13 +119,18 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
 ) -> None:
-    """Continue a text with the newest checkpoint of a causal run."""
+    """Continue a text with the newest checkpoint of a causal run, or of a masked diffusion run."""
     from ds_pretrain.evaluation.generate import generate as run
+    from ds_pretrain.evaluation.generate import unmask
 
     model, dataset = _load(output)
     tokenizer, vocab = dataset.tokenizer, dataset.vocab
-    ids = run(model, tokenizer.encode(prompt).tolist(), vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed)
-    text = tokenizer.decode(list(ids))
+    start = tokenizer.encode(prompt).tolist()
+    if model.objective.measure == "bound":
+        ids = unmask(model, start, vocab.mask, vocab.specials, tokens, temperature, seed=seed)
+    else:
+        ids = list(run(model, start, vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed))
+    text = tokenizer.decode(ids)
     if model.mesh.rank == 0:
         out.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}")
 

@@ -1,6 +1,8 @@
-"""Text from a causal model: greedy, or sampled with temperature, top-k and top-p.
+"""Text from a causal model, greedy or sampled with temperature, top-k and top-p; and from a masked diffusion model.
 
-Each new token is one forward pass over what is there, without a key-value cache: right and simple, and slow for long texts.
+A causal model takes one forward pass for each new token, without a key-value cache: right and simple, and slow for long
+texts. A diffusion model starts from masks and uncovers the places it is surest of, several in each pass, block by block
+from left to right (low-confidence remasking: Nie et al. 2025).
 """
 
 from __future__ import annotations
@@ -43,6 +45,54 @@ def generate(
         if ids[-1] == eod:
             return
         yield ids[-1]
+
+
+def unmask(
+    model: FrozenModel,
+    prompt: list[int],
+    mask: int,
+    banned: frozenset[int],
+    tokens: int = 100,
+    temperature: float = 0.8,
+    block: int = 32,
+    steps: int = 16,
+    seed: int = 0,
+) -> list[int]:
+    """Exactly `tokens` new ids after the prompt, by a model that predicts hidden tokens from both sides.
+
+    block: places that are uncovered together. steps: passes for each block. temperature 0 takes the most probable ids.
+    """
+    if model.objective.measure != "bound":
+        raise ValueError(f"objective {model.objective.name} is no diffusion: use a run of masked diffusion")
+    never = torch.tensor(sorted(banned), dtype=torch.long)
+    ids = torch.tensor([[*prompt, *[mask] * tokens]])
+    generator = rng.torch_generator("unmask", seed)
+    for start in range(len(prompt), ids.shape[1], block):
+        here = torch.zeros_like(ids, dtype=torch.bool)
+        here[:, start : start + block] = True
+        left = int(here.sum())
+        for step in range(steps, 0, -1):
+            hidden = here & (ids == mask)
+            logits = model.logits_at(ids, hidden).float().cpu()
+            logits[:, never] = -torch.inf
+            probability = logits.softmax(-1)
+            drawn = _sample(logits, temperature, generator)
+            sure = probability.gather(1, drawn[:, None])[:, 0]
+            count = -(-left // step)
+            keep = sure.topk(count).indices
+            places = hidden[0].nonzero()[:, 0][keep]
+            ids[0, places] = drawn[keep]
+            left -= count
+            if left == 0:
+                break
+    return ids[0, len(prompt) :].tolist()
+
+
+def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One id for each row of logits [n, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

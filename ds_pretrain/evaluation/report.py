@@ -82,7 +82,7 @@ class Scores:
             found |= {} if self.error is None else {"loss_error": self.error}
         for name, head in self.heads.items():
             figures = {"loss": head.loss, "accuracy": head.accuracy, "precision": head.precision, "recall": head.recall}
-            found |= {f"{name}/{key}": value for key, value in figures.items() if value is not None}
+            found |= {f"{name}/{key}": x for key, x in figures.items() if x is not None and not math.isnan(x)}
         return found
 
 
@@ -119,7 +119,8 @@ def heads_table(scores: Scores) -> Table:
     view = Table("head", "loss\n(nats)", "scored", "accuracy", "precision\n(label 1)", "recall\n(label 1)")
     for name, head in scores.heads.items():
         shares = (head.accuracy, head.precision, head.recall)
-        view.add_row(escape(name), f"{head.loss:.4f}", f"{head.scored:,}", *("-" if x is None else f"{x:.2%}" for x in shares))
+        shown = ("-" if x is None or math.isnan(x) else f"{x:.2%}" for x in shares)
+        view.add_row(escape(name), "-" if math.isnan(head.loss) else f"{head.loss:.4f}", f"{head.scored:,}", *shown)
     return view
 
 

@@ -52,13 +52,19 @@ class FrozenModel(Model):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [B, V] after each row of ids [B, S]."""
-        tokens = tokens.to(self.mesh.device)
-        segment = torch.ones_like(tokens)
+        last = torch.zeros_like(tokens, dtype=torch.bool)
+        last[:, -1] = True
+        return self.logits_at(tokens, last)
+
+    @torch.no_grad()
+    def logits_at(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Logits [n, V] at the chosen positions (bool [B, S]) of rows of ids that are one document each."""
+        tokens, chosen = tokens.to(self.mesh.device), chosen.to(self.mesh.device)
         position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-        batch = Batch(tokens, position, AttentionPattern.causal(segment), {})
-        last = position == tokens.shape[1] - 1
-        with torch.no_grad():
-            return self.network(batch, lambda answers, _: answers.logits(last))
+        pattern = (AttentionPattern.causal if self.objective.kind == "causal" else AttentionPattern.full)(
+            torch.ones_like(tokens)
+        )
+        return self.network(Batch(tokens, position, pattern, {}), lambda answers, _: answers.logits(chosen))
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """One vector [H] for each sequence of ids, [n, H] fp32 on the CPU: the state of its first position, where the

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_pretrain.data.dataset import PretrainingDataset
-from ds_pretrain.evaluation.generate import generate
+from ds_pretrain.evaluation.generate import generate, unmask
 from ds_pretrain.evaluation.perplexity import evaluate, evaluate_perplexity
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
@@ -75,3 +75,35 @@ def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):
     masked = FrozenModel(output, create("mlm"))
     with pytest.raises(ValueError, match="left to right"):
         next(generate(masked, [], 2, frozenset()))
+
+
+class Counting:
+    """A diffusion model that is surest of what stands furthest left, and always says the number of the place."""
+
+    class objective:
+        measure, name = "bound", "counting"
+
+    def __init__(self):
+        self.seen = []
+
+    def logits_at(self, tokens, chosen):
+        self.seen.append(int(chosen.sum()))
+        places = chosen[0].nonzero()[:, 0]
+        logits = torch.zeros(len(places), 100)
+        logits[torch.arange(len(places)), places] = 20.0 - places
+        return logits
+
+
+def test_unmasking_uncovers_the_surest_first_block_by_block():
+    model = Counting()
+    found = unmask(model, [50, 51], mask=99, banned=frozenset({99}), tokens=10, temperature=0, block=4, steps=2)
+    assert found == list(range(2, 12))
+    assert model.seen == [4, 2, 4, 2, 2, 1], "two passes a block, half of it each"
+    assert unmask(model, [], 99, frozenset({99}), 3, 0.8, seed=1) == unmask(model, [], 99, frozenset({99}), 3, 0.8, seed=1)
+    assert 99 not in unmask(model, [1], 99, frozenset({99}), 64, temperature=5.0)
+    with pytest.raises(ValueError, match="is no diffusion"):
+        unmask(trained_for("mlm"), [], 99, frozenset())
+
+
+def trained_for(name):
+    return type("Model", (), {"objective": create(name)})()
