@@ -149,6 +149,12 @@ class RunConfig(_Section):
                 f"objective {objective.name} uses {objective.token_types} token types, model.token_types is "
                 f"{self.model.token_types}: use a bert preset, or model.token_types={objective.token_types}"
             )
+        heads = max(1, round(self.model.heads * objective.generator[1])) if objective.generator else 0
+        if heads % self.parallel.tensor:
+            yield (
+                f"the generator of {objective.name} has {heads} of the model's {self.model.heads} heads, not divisible by "
+                f"parallel.tensor {self.parallel.tensor}: raise objective.generator_size, or lower parallel.tensor"
+            )
         if objective.generator and self.parallel.pipeline > 1:
             yield (
                 f"objective {objective.name} trains two networks and does not run with parallel.pipeline "

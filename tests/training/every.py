@@ -16,7 +16,7 @@ from ds_pretrain.training.engine import build_for, create_engine
 from ds_pretrain.training.optimizer import OptimizerConfig
 
 SEQ = 64
-SIZE = {"layers": 2, "hidden": 32, "heads": 4, "vocab": VOCAB.size, "positions": SEQ, "dropout": 0.0, "init_std": 0.2}
+SIZE = {"layers": 2, "hidden": 32, "heads": 8, "vocab": VOCAB.size, "positions": SEQ, "dropout": 0.0, "init_std": 0.2}
 
 
 def model_for(objective):
