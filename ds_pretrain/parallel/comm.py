@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from ds_pretrain.parallel.mesh import Mesh
 
@@ -14,6 +15,22 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum over the group, in place."""
     dist.all_reduce(x, group=group)
     return x
+
+
+class _Gather(torch.autograd.Function):
+    """Stack the tensors of all ranks; each rank's gradient of its own is the sum of what all ranks send back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return all_reduce(gradient.contiguous().clone(), ctx.group)[dist.get_rank(ctx.group)], None
 
 
 class DataComm:
@@ -27,7 +44,7 @@ class DataComm:
             return x
         counts = self._counts(len(x))
         padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
-        found = all_gather(padded.contiguous(), group=self.mesh.data_group)
+        found: Tensor = _Gather.apply(padded, self.mesh.data_group)
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
     def before(self, count: int) -> int:

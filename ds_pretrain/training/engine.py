@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -282,6 +283,8 @@ def quiet_deepspeed() -> None:
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    # DeepSpeed spreads tied parameters before training without no_grad; nothing is ever differentiated through it.
+    warnings.filterwarnings("ignore", message=r".*c10d::broadcast_.*autograd kernel")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
