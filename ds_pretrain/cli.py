@@ -31,6 +31,8 @@ err = Console(stderr=True, highlight=False)
 
 ASSUMED_VOCABULARY = 32768
 """What `plan` counts with before there is a tokenizer."""
+PREVIEWED = 64
+"""Positions of an example that `preview OBJECTIVE` shows, unless a run says otherwise."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]
 Run = Annotated[str, typer.Argument(help="A run file, or the name of one in ds_configs/runs (see `list runs`).")]
 Output = Annotated[str, typer.Argument(help="The output folder of a run.")]
@@ -137,14 +139,46 @@ def generate(
 
 @app.command()
 def preview(
-    run: Run,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="Rows of the batch to show.")] = 2,
-    png: Annotated[str | None, typer.Option(help="Also draw the attention pattern here.")] = None,
+    target: Annotated[str, typer.Argument(help="An objective (see `list objectives`), or a run file or its name.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides such as objective.mask_prob=0.3 batch.seq_len=48 seed=1.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A document to look at; repeat it for more.")] = None,
+    run: Annotated[str | None, typer.Option(help="Look at the documents of this run's data, in its row length.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Examples (of a run: rows) to show.")] = None,
+    png: Annotated[str | None, typer.Option(help="Also draw it here: of a run the attention pattern.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every objective, in the picture on one sheet.")] = False,
 ) -> None:
-    """Show the first batch of a run as text: inputs, labels, weights, documents and the attention pattern."""
-    _, dataset = _open_run(run, overrides)
-    _preview(dataset, rows, png)
+    """Show what an objective does: documents before and after, labels, weights, realised rates and attention.
+
+    Documents are --text, those of --run, or a few built-in ones. Without --run the tokenizer is that of data/embedded, or,
+    before anything is prepared, a small one that is trained on the spot. Of a run file, show its first batch.
+    """
+    from ds_pretrain.data import preview_objective, preview_plot
+    from ds_pretrain.objectives import REGISTRY
+
+    overrides = list(overrides or [])
+    if png and not Path(png).parent.is_dir():
+        raise ValueError(f"{Path(png).parent} is no folder to draw {png} in: make it first")
+    if all_ and "=" in target:
+        target, overrides = "", [target, *overrides]
+    if all_ and target:
+        raise ValueError(f"--all shows every objective: leave out {target!r}, or leave out --all")
+    if not all_ and target not in REGISTRY:
+        _known(target)
+        if text or run:
+            raise ValueError(f"{target} is a run: --text and --run go with an objective, as in preview mlm --run {target}")
+        _, dataset = _open_run(target, overrides)
+        _preview(dataset, rows or 2, png)
+        return
+    views = []
+    for name in REGISTRY if all_ else [target]:
+        data, tokenizer = _samples(name, overrides, text, run)
+        views.append(preview_objective.view(data, tokenizer.token, rows or (1 if all_ else None)))
+        out.print(preview_objective.render(views[-1], short=all_))
+    if png:
+        preview_plot.view_png(views, png)
+        out.print(f"picture: {png}")
 
 
 @app.command()
@@ -402,15 +436,59 @@ def _debug(dataset: Any, config: RunConfig) -> None:
 
 def _preview(dataset: Any, rows: int, png: str | None) -> None:
     from ds_pretrain.data.dataset import Cursor
-    from ds_pretrain.data.preview import attention_png
     from ds_pretrain.data.preview import preview as render
+    from ds_pretrain.data.preview_plot import attention_png
 
     taken, _ = dataset.rows(Cursor(), rows)
     batch = dataset.collate(taken)
-    out.print(render(batch, dataset.vocab, dataset.tokenizer.token, rows))
+    out.print(render(batch, dataset.vocab, dataset.tokenizer.token, dataset.objective.heads, rows))
     if png:
         attention_png(batch, Path(png))
         out.print(f"attention pattern: {png}")
+
+
+def _known(target: str) -> None:
+    """ValueError naming the nearest objective and the nearest run, if it is neither a run file nor the name of one."""
+    import difflib
+
+    from ds_pretrain.objectives import REGISTRY
+
+    known = {"objective": list(REGISTRY), "run": sorted(path.stem for path in (configs() / "runs").glob("*.yaml"))}
+    if target.removesuffix(".yaml") in known["run"] or Path(target).is_file() or Path(target).parent != Path("."):
+        return
+    near = [(kind, difflib.get_close_matches(target, names, n=1, cutoff=0.5)) for kind, names in known.items()]
+    hint = " or ".join(f"the {kind} {found[0]!r}" for kind, found in near if found)
+    told = "; ".join(f"{kind}s: {', '.join(names)}" for kind, names in known.items())
+    what = f"unknown objective or run {target!r}" if target else "name an objective or a run, or use --all"
+    raise ValueError(f"{what}{f': did you mean {hint}?' if hint else '.'} Known {told}")
+
+
+def _samples(name: str, overrides: list[str], text: list[str] | None, run: str | None) -> tuple[Any, Any]:
+    """The stream of an objective's examples, and the tokenizer that reads them."""
+    from ds_pretrain.data import preview_objective
+    from ds_pretrain.data.dataset import PretrainingDataset
+    from ds_pretrain.data.tokenizer import TextTokenizer
+
+    file = run or "quickstart"
+    own = load_run(file).objective.get("name") == name and run is not None  # then its fields stay
+    given = [] if own else [f"objective={{name: {name}}}"]
+    config = load_run(file, [*given, *([] if run else [f"batch.seq_len={PREVIEWED}"]), *overrides])
+    if config.objective.get("name") != name:
+        raise ValueError(f"objective.name={config.objective.get('name')} contradicts {name}: leave it out")
+    try:
+        objective = config.make_objective()
+    except TypeError as error:
+        raise ValueError(f"objective {name}: {error}") from error
+    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+    if run and not text:
+        if not (Path(config.data.path) / "train.idx").is_file():
+            raise ValueError(f"data.path {config.data.path} holds no prepared data: use --text, or leave out --run {run}")
+        tokenizer = TextTokenizer.load(folder)
+        data = PretrainingDataset(config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed)
+        return data, tokenizer
+    tokenizer = TextTokenizer.load(folder) if run else preview_objective.tokenizer_at(folder)
+    texts = text or preview_objective.TEXTS
+    return preview_objective.samples_of(texts, tokenizer, config.batch.seq_len, objective, config.seed), tokenizer
 
 
 def _draw(output: Path) -> None:

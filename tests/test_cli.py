@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ds_pretrain.cli import app, main
+from ds_pretrain.objectives import REGISTRY
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -95,6 +96,44 @@ def test_eval_generate_and_preview(trained, run_file, tmp_path):
     assert "The" in ok("generate", trained, "--prompt", "The", "--tokens", 5)
     ok("preview", run_file, "objective.name=mlm", "--png", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_preview_of_an_objective(run_file, tmp_path):
+    out = ok("preview", "mlm", "objective.mask_prob=0.5", "--rows", 1, "--png", tmp_path / "mlm.png")
+    assert "mask_prob=0.5" in out and "before: " in out and "after: " in out and "(asked: 80.0%)" in out
+    assert (tmp_path / "mlm.png").stat().st_size > 10_000
+    assert "A fox." in ok("preview", "clm", "--text", "A fox.", "--run", run_file).replace(" ", "").replace("▁", " ")
+    assert "examples of at most 64 positions" in ok("preview", "sop", "--run", run_file)
+
+
+def test_preview_of_all_objectives(tmp_path):
+    out = ok("preview", "--all", "batch.seq_len=32", "--png", tmp_path / "all.png")
+    for name in REGISTRY:
+        assert f"example 1 of {name}" in out
+    assert (tmp_path / "all.png").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["mml"], "unknown objective or run 'mml': did you mean the objective 'mlm'?"),
+        (["span_coruption"], "did you mean the objective 'span_corruption' or the run 'quickstart_span_corruption'?"),
+        (["quickstart_mlmm"], "did you mean the run 'quickstart_mlm'?"),
+        ([], "name an objective or a run, or use --all"),
+        (["nsp", "--text", "hello there"], "too short for nsp: it takes 2 documents of 2 tokens at least"),
+        (["mlm", "--text", ""], "too short for mlm"),
+        (["mlm", "objective.mask_pro=0.3"], "did you mean 'mask_prob'?"),
+        (["mlm", "objective.mask_prob=2"], "mask_prob must lie between 0 and 1, got 2"),
+        (["mlm", "objective.name=clm"], "objective.name=clm contradicts mlm"),
+        (["mlm", "data.path=/absent", "--run", "quickstart"], "holds no prepared data"),
+        (["quickstart", "--text", "hello"], "quickstart is a run"),
+        (["mlm", "--all"], "leave out 'mlm'"),
+        (["mlm", "--png", "/absent/mlm.png"], "/absent is no folder"),
+    ],
+)
+def test_a_mistake_in_a_preview_ends_with_2(monkeypatch, capsys, arguments, said):
+    code, text = ends(monkeypatch, capsys, "preview", *arguments)
+    assert code == 2 and said in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("world", [1, 8, 96])

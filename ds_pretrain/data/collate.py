@@ -20,6 +20,8 @@ from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives import CausalLanguageModeling, Objective
 
 Shape = tuple[int, int]
+CLASSES = 3
+"""Labels below this may be classes, not words. A batch does not say what its labels stand for."""
 
 
 class Layout(NamedTuple):
@@ -109,26 +111,60 @@ def collate_causal(
 def realised(batches: Sequence[Batch], vocab: Vocabulary) -> dict[str, float]:
     """What the batches really contain, to be held against what was asked for.
 
-    useful: the share of positions that is not padding. HEAD/targets: the share of the useful that this head predicts.
-    HEAD/mask, random, kept: what became of the predicted, for heads that predict their own position.
+    useful: the share of positions that is not padding. ahead: the share of these that sees beyond itself, where that differs
+    from position to position. HEAD/targets: the share of the useful that this head predicts. HEAD/mask, random, kept: what
+    became of the predicted, for heads that predict their own position. HEAD/cut, spans, span_length: of heads whose labels
+    hold sentinels, the share of the text that is cut out, spans of an example and tokens of a span.
     """
     useful = sum(int((b.attention.segment != 0).sum()) for b in batches)
     found = {"useful": useful / max(1, sum(b.inputs.numel() for b in batches))}
+    if batches[0].attention.kind == "mixed":
+        found["ahead"] = sum(_ahead(b.attention) for b in batches) / max(1, useful)
     for name in batches[0].targets:
-        found |= {f"{name}/{key}": share for key, share in _audit(batches, name, useful, vocab.mask).items()}
+        found |= {f"{name}/{key}": share for key, share in _audit(batches, name, useful, vocab).items()}
+        found |= {f"{name}/{key}": number for key, number in _spans(batches, name, vocab).items()}
     return found
 
 
-def _audit(batches: Sequence[Batch], name: str, useful: int, mask: int) -> Mapping[str, float]:
+def _ahead(attention: AttentionPattern) -> int:
+    here = torch.arange(attention.horizon.shape[1], device=attention.horizon.device)
+    return int(((attention.horizon > here) & (attention.segment != 0)).sum())
+
+
+def _audit(batches: Sequence[Batch], name: str, useful: int, vocab: Vocabulary) -> Mapping[str, float]:
     chosen = [b.targets[name].weights != 0 for b in batches]
     inputs = torch.cat([b.inputs[at] for b, at in zip(batches, chosen, strict=True)])
     labels = torch.cat([b.targets[name].labels[at] for b, at in zip(batches, chosen, strict=True)])
     shares = {"targets": len(inputs) / max(1, useful)}
-    masked, kept = (int((inputs == other).sum()) for other in (mask, labels))
-    if masked:
+    masked, kept = (int((inputs == other).sum()) for other in (vocab.mask, labels))
+    if masked and int(labels.max()) >= CLASSES and not torch.from_numpy(vocab.is_special)[labels].any():
         random = len(inputs) - masked - kept
         shares |= {key: n / len(inputs) for key, n in (("mask", masked), ("random", random), ("kept", kept))}
     return shares
+
+
+def _spans(batches: Sequence[Batch], name: str, vocab: Vocabulary) -> Mapping[str, float]:
+    """Spans by their sentinels; the text of an example is what its inputs hold beside special ids."""
+    special, sentinels = torch.from_numpy(vocab.is_special), torch.tensor(vocab.sentinels, dtype=torch.int64)
+    spans = cut = text = examples = 0
+    for b in batches:
+        labels, scored = b.targets[name].labels, b.targets[name].weights != 0
+        starts = scored & torch.isin(labels, sentinels)
+        if not starts.any():
+            continue
+        own = _segments(b, starts)
+        examples += int(own.unique().numel()) - bool((own == 0).any())
+        spans += int(starts.sum())
+        cut += int((scored & (own > 0) & ~special[labels]).sum())
+        text += int(((own > 0) & ~special[b.inputs]).sum())
+    return {"cut": cut / max(1, text), "spans": spans / examples, "span_length": cut / spans} if spans else {}
+
+
+def _segments(batch: Batch, marked: Tensor) -> Tensor:
+    """int64 [B, S]: at positions of segments that hold a marked one a number of their segment, from 1; 0 elsewhere."""
+    rows = torch.arange(marked.shape[0])[:, None] * (marked.shape[1] + 1)
+    number = (batch.attention.segment.long() + rows) * (batch.attention.segment != 0)
+    return torch.where(torch.isin(number, number[marked]), number, 0)
 
 
 def _batch(
