@@ -171,8 +171,8 @@ def view(data: Samples, token_text: Callable[[int], str], rows: int | None = Non
 def render(seen: View, short: bool = False) -> RenderableType:
     """A view in a terminal. short: fewer lines of a document, no legend and no attention."""
     most = LINES if short else MOST
-    parts: list[RenderableType] = [Rule(seen.name, style="bold"), Text(seen.headline), Text(seen.settings, "dim")]
-    parts += [Text(note, "dim") for note in seen.notes]
+    parts: list[RenderableType] = [Rule(seen.name, style="bold"), Text(seen.headline)]
+    parts += [Text(line, "dim") for line in (seen.settings, *seen.notes) if line]
     parts += [] if short else [legend(seen.hides)]
     for number, specimen in enumerate(seen.specimens, start=1):
         of = f", made by {specimen.component}" if specimen.component else ""
