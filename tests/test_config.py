@@ -44,7 +44,7 @@ def test_every_contradiction_is_found_at_once():
         "heads 6 is not divisible by model.kv_heads 4",
         "heads 6 is not divisible by parallel.tensor 4",
         "layers 2 is less than parallel.pipeline 3",
-        "6 ranks are not a multiple",
+        "6 ranks: not a multiple",
         "ZeRO stage 3 does not run with parallel.pipeline 3",
         "did you mean 'mlm'",
         "seq_len 128 is longer than model.positions 64",
