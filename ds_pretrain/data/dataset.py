@@ -208,11 +208,13 @@ class Samples:
         return Number(*np.divmod(samples, len(self)), slot, variant)
 
     def _problems(self) -> list[str]:
-        problems, documents = [], int(np.count_nonzero(self.pieces.usable))
+        problems, shortest = [], self.objective.shortest
+        documents = int(np.count_nonzero(self.pieces.usable >= shortest))
         if documents < self.objective.documents:
             problems.append(
-                f"{self.objective.name} makes an example from {self.objective.documents} documents that have text, "
-                f"{self.source} has {documents} of {len(self.store.lengths)}: prepare it from more text"
+                f"{self.objective.name} makes an example from {self.objective.documents} documents of at least {shortest} "
+                f"token{'s' * (shortest > 1)}, {self.source} has {documents} of {len(self.store.lengths)}: prepare it from more "
+                "text"
             )
         return problems + self._unusable()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -145,7 +146,10 @@ def register(name: str) -> Callable[[O], O]:
 def create(name: str, **fields: Any) -> Objective:
     """The objective of that name. Unknown names and fields raise ValueError with the nearest one."""
     cls = REGISTRY[name]
-    for field in fields:
-        if field not in cls.__dataclass_fields__:
-            raise ValueError(unknown(f"field of objective {name}", field, cls.__dataclass_fields__))
+    known = {field.name: field for field in dataclass_fields(cls)}
+    for key, value in fields.items():
+        if key not in known:
+            raise ValueError(unknown(f"field of objective {name}", key, known))
+        if isinstance(known[key].default, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"objective.{key} of {name} is a number, got {value!r}")
     return cls(**fields)

@@ -155,6 +155,10 @@ class Composite(Objective):
         return self._collect(batch, lambda c, view: c.objective.loss(_View(read, c, read.tokens), view, comm))
 
     @property
+    def expected(self) -> Mapping[str, float]:
+        return {c.told(key): share for c in self._distinct for key, share in c.objective.expected.items()}
+
+    @property
     def tallied(self) -> tuple[str, ...]:
         return tuple(component.told(name) for component in self._distinct for name in component.objective.tallied)
 

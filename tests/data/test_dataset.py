@@ -323,8 +323,11 @@ def test_a_store_on_disk_gives_the_same_batches(name, tmp_path):
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="seq_len 4 is too short"):
         dataset(seq_len=4)
-    with pytest.raises(ValueError, match=r"makes an example from 1 documents that have text, train has 0 of 2"):
+    with pytest.raises(ValueError, match=r"makes an example from 1 documents of at least 1 token, train has 0 of 2"):
         dataset(store=MemoryStore([1, 1]))
+    for name, lengths in (("sop", [2]), ("nsp", [2, 4]), ("nsp", [40])):
+        with pytest.raises(ValueError, match=f"{name} makes an example from . documents of at least 2 tokens, train has"):
+            dataset(name, store=MemoryStore(lengths))
     with pytest.raises(ValueError, match="is not a position in these data"):
         dataset().rows(Cursor(0, 10**6), 1)
     with pytest.raises(ValueError, match="did you mean 'mlm'"):

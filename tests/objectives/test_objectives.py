@@ -193,6 +193,18 @@ def test_unknown_fields_name_the_nearest(name):
         create(name, nonsense=1)
 
 
+def test_fields_are_the_parameters_and_numbers_are_numbers():
+    with pytest.raises(ValueError, match=r"unknown field of objective mlm 'kind'.* Known: mask_prob"):
+        create("mlm", kind="causal")
+    for wrong in ("a", None, True, [0.1]):
+        with pytest.raises(ValueError, match=r"objective.mask_prob of mlm is a number, got"):
+            create("mlm", mask_prob=wrong)
+    assert create("mixture", weights={"mlm": 1, "x": 1}, options={"x": {"name": "mlm", "mask_token_prob": 0.5}}).expected == {
+        "mlm/mask": 0.8, "mlm/random": 0.1, "mlm/kept": pytest.approx(0.1),
+        "x/mask": 0.5, "x/random": 0.1, "x/kept": pytest.approx(0.4),
+    }  # fmt: skip
+
+
 def test_clm_predicts_every_token_of_a_document_exactly_once():
     tokens = np.append(np.random.default_rng(0).choice(WORDS, 300), VOCAB.eod).astype(np.int32)
     pieces = [Document(tokens[i : i + 64], None if i == 0 else int(tokens[i - 1])) for i in range(0, len(tokens), 64)]
