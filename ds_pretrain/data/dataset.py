@@ -213,8 +213,8 @@ class Samples:
         if documents < self.objective.documents:
             problems.append(
                 f"{self.objective.name} makes an example from {self.objective.documents} documents of at least {shortest} "
-                f"token{'s' * (shortest > 1)}, {self.source} has {documents} of {len(self.store.lengths)}: prepare it from more "
-                "text"
+                f"token{'s' * (shortest > 1)}, {self.source} has {documents} of {len(self.store.lengths)}: prepare it from "
+                "more text"
             )
         return problems + self._unusable()
 
