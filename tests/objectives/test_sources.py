@@ -22,18 +22,7 @@ from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.heads import gumbel, row_keys
 from ds_pretrain.models.transformer import Build, Network, initialise
-from ds_pretrain.objectives import (
-    UL2,
-    UL2R,
-    Electra,
-    FillInTheMiddle,
-    MaskedDiffusion,
-    MaskedLanguageModeling,
-    PrefixLanguageModeling,
-    SimCSE,
-    SpanCorruption,
-    create,
-)
+from ds_pretrain.objectives import create
 from ds_pretrain.objectives.fim import NAMES
 from ds_pretrain.objectives.prefix import prefixed
 from ds_pretrain.objectives.spans import noise, noise_mask
@@ -42,9 +31,9 @@ MAX_LEN = 128
 RANK = {sentinel: number for number, sentinel in enumerate(VOCAB.sentinels)}
 
 
-def within(count, total, share, sigmas=5):
-    """A binomial count."""
-    assert abs(count / total - share) < sigmas * math.sqrt(share * (1 - share) / total), f"{count / total:.5f} for {share:.5f}"
+def within(count, total, share):
+    """A binomial count, by five standard deviations."""
+    assert abs(count / total - share) < 5 * math.sqrt(share * (1 - share) / total), f"{count / total:.5f} for {share:.5f}"
 
 
 def fits(counts, expected):
@@ -145,7 +134,7 @@ def test_span_masks_are_distributed_as_those_of_t5(case, roll):
 @pytest.mark.parametrize("roll", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"density": 0.5}, {"density": 0.5, "mean_span": 64.0}])
 def test_spans_put_back_give_the_document(fields, roll):
-    for (doc,), e in examples(SpanCorruption(roll=roll, **fields), 2000):
+    for (doc,), e in examples(create("span_corruption", roll=roll, **fields), 2000):
         inputs, targets = sides(e)
         assert inputs[-1] == targets[-1] == VOCAB.eod
         assert restored(inputs[:-1], targets[:-1]) == doc.tokens.tolist()
@@ -156,7 +145,7 @@ def test_prefix_rows_are_those_that_seqio_documents():
     vocab = Vocabulary(10, 0, 1, 2, 2, 2, 2, (), frozenset({0, 1, 2}))
     texts = [([7, 8, 5, 1], [3, 9, 1]), ([8, 4, 9, 3, 1], [4, 1])]
     row = [prefixed(np.array([0, *inputs, *targets]), 1 + len(inputs), "prefix_lm") for inputs, targets in texts]
-    batch = collate([row], PrefixLanguageModeling(), vocab, 15)
+    batch = collate([row], create("prefix_lm"), vocab, 15)
     both = torch.tensor([1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0])
     segment = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0])
     target = batch.targets["prefix_lm"]
@@ -188,7 +177,7 @@ def test_packed_prefixes_see_what_t5x_lets_them_see(name):
 
 def test_prefix_lengths_are_uniform():
     """As T5's `random_prefix_noise_mask`: 1 to n - 1 tokens of the document."""
-    counts = Counter(len(sides(e)[0]) - 1 for e in repeated(PrefixLanguageModeling(), VOCAB.words[:20], 19_000))
+    counts = Counter(len(sides(e)[0]) - 1 for e in repeated(create("prefix_lm"), VOCAB.words[:20], 19_000))
     assert sorted(counts) == [*range(1, 20)]
     fits([*counts.values()], 1000)
 
@@ -210,7 +199,7 @@ def middle(row):
 def test_fim_gives_the_document_back(cut):
     """From PSM as A B C; SPM writes A and B in one, so C has to follow what stands behind <MID>. Nothing is ever cut off."""
     found = Counter()
-    for (doc,), e in examples(FillInTheMiddle(cut=cut), 2000):
+    for (doc,), e in examples(create("fim", cut=cut), 2000):
         row, tokens = e.targets["fim"].labels, doc.tokens[doc.tokens != VOCAB.eod]
         parts = middle(row)
         found["spm" if parts and parts[3] else "psm" if parts else "left alone"] += 1
@@ -228,7 +217,7 @@ def test_fim_cuts_characters_uniformly_and_text_forges_no_marker():
     """Both cuts fall on each of the n + 1 places between n characters equally often, in text that spells the markers too."""
     text = "def f(x): # <fim_middle> <fim_suffix><fim_prefix> <eod> [NLU] <extra_id_0>"
     places = Counter()
-    for e in repeated(FillInTheMiddle(rate=1.0, spm=0.0), TOKENIZER.encode(text), 6000):
+    for e in repeated(create("fim", rate=1.0, spm=0.0), TOKENIZER.encode(text), 6000):
         row = e.targets["fim"].labels
         a, b, c = map(TOKENIZER.decode, middle(row)[:3])
         assert a + b + c == text and VOCAB.is_special[row].sum() == 4
@@ -244,10 +233,10 @@ DENOISERS = {
 """Mode, tokens cut out of 200, spans; by hand from T5's formulae, halves to even."""
 
 
-@pytest.mark.parametrize(("objective", "groups"), [(UL2(), (2, 1, 4)), (UL2R(), (0.25, 0.5, 0.25))])
-def test_ul2_draws_its_seven_denoisers_by_their_shares(objective, groups):
+@pytest.mark.parametrize(("name", "groups"), [("ul2", (2, 1, 4)), ("ul2r", (0.25, 0.5, 0.25))])
+def test_ul2_draws_its_seven_denoisers_by_their_shares(name, groups):
     found, text = Counter(), VOCAB.words[:200]
-    for e in repeated(objective, text, 7000):
+    for e in repeated(create(name), text, 7000):
         inputs, targets = sides(e)
         (mode,) = (MODES[t] for t in inputs.tolist() if t in MODES)
         found[DENOISERS[mode, int(np.isin(targets, text).sum()), int(np.isin(targets, VOCAB.sentinels).sum())]] += 1
@@ -258,7 +247,7 @@ def test_ul2_draws_its_seven_denoisers_by_their_shares(objective, groups):
 
 
 def test_ul2_puts_back_what_it_hid():
-    for (doc,), e in examples(UL2(), 2000):
+    for (doc,), e in examples(create("ul2"), 2000):
         inputs, targets = sides(e)
         text = doc.tokens[doc.tokens != VOCAB.eod].tolist()
         if VOCAB.names["[S2S]"] in inputs:
@@ -288,7 +277,7 @@ def grouped(kind):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_a_word_is_masked_whole_or_not_at_all(kind):
     vocab, pieces = grouped(kind)
-    several, objectives = 0, [MaskedLanguageModeling(unit="word", selection=way) for way in ("exact", "bernoulli")]
+    several, objectives = 0, [create("mlm", unit="word", selection=way) for way in ("exact", "bernoulli")]
     for number, (ids, word) in enumerate(pieces):
         real = (word >= 0) & ~vocab.is_special[ids]
         pairs = real[1:] & real[:-1]
@@ -317,7 +306,7 @@ def test_whole_words_agree_with_transformers():
     features = [dict(zip(names, row, strict=True)) for row in zip(ids, offsets, plain, strict=True)]
     first = ~collator._calc_word_ids_and_prob_mask(offsets, plain)[1]
     theirs = (collator(features)["labels"] != -100).numpy()
-    objective = MaskedLanguageModeling(unit="word", selection="bernoulli")
+    objective = create("mlm", unit="word", selection="bernoulli")
     made = [objective.example([Document(row.astype(np.int32))], vocab, 128, rng.generator(i)) for i, row in enumerate(ids)]
     ours = np.stack([e.targets["mlm"].weights[1:-1] == 1 for e in made])
     assert np.array_equal(first, np.stack([vocab.word_starts(row) for row in ids]))
@@ -344,7 +333,7 @@ def test_spans_are_as_long_as_those_of_spanbert():
 
     words, random = Vocabulary.synthetic(), np.random.default_rng(3)
     vocab = replace(words, surfaces=lambda: [" word"] * words.size)
-    objective = MaskedLanguageModeling(unit="span", mask_prob=0.02)
+    objective = create("mlm", unit="span", mask_prob=0.02)
     ours = runs(e.targets["mlm"].weights == 1 for e in repeated(objective, [300] * 1000, 3000, vocab))
     alike(ours, runs(spanbert_mask(1000, 20, random) for _ in range(3000)))
     assert set(ours) >= {*range(1, 11)} and ours[1] < 0.4 * ours.total()
@@ -353,7 +342,7 @@ def test_spans_are_as_long_as_those_of_spanbert():
 @pytest.mark.parametrize("unit", ["span", "word"])
 def test_words_and_spans_keep_the_budget(unit):
     asked = hidden = 0
-    for (doc,), e in examples(MaskedLanguageModeling(unit=unit), 2000):
+    for (doc,), e in examples(create("mlm", unit=unit), 2000):
         count = max(1, round(0.15 * len(doc.tokens)))
         hidden, asked = hidden + e.targets["mlm"].total, asked + count
         assert e.targets["mlm"].total == count if unit == "span" else e.targets["mlm"].total <= max(count, 8)
@@ -427,7 +416,7 @@ def test_pairs_are_made_of_neighbours_or_of_two_documents():
 def test_a_unigram_model_is_scored_with_the_entropy_of_the_text():
     """Every token is masked with p and weighted with 1 / p, so the loss of a model that only knows frequencies is their
     entropy, within the standard error of the draws, and a document's weights sum to its maskable tokens on average."""
-    made = [e.targets["mdlm"] for _, e in examples(MaskedDiffusion(random_length=0), 20_000, 64)]
+    made = [e.targets["mdlm"] for _, e in examples(create("mdlm", random_length=0), 20_000, 64)]
     counts = np.bincount(np.concatenate([t.labels for t in made]), minlength=VOCAB.size)
     nll = -np.log(np.maximum(counts, 1) / counts.sum())
     entropy = (counts * nll).sum() / counts.sum()
@@ -441,11 +430,11 @@ def test_a_unigram_model_is_scored_with_the_entropy_of_the_text():
 
 def test_masking_probabilities_are_uniform_and_lengths_are_cut_as_rarely_as_asked():
     tokens = VOCAB.words[:50]
-    cut = [len(e.inputs) for e in repeated(MaskedDiffusion(), tokens, 20_000)]
+    cut = [len(e.inputs) for e in repeated(create("mdlm"), tokens, 20_000)]
     within(sum(n < 50 for n in cut), 20_000, 0.01 * 49 / 50)
-    lengths = Counter(len(e.inputs) for e in repeated(MaskedDiffusion(random_length=1.0), tokens, 10_000))
+    lengths = Counter(len(e.inputs) for e in repeated(create("mdlm", random_length=1.0), tokens, 10_000))
     fits([lengths[n] for n in range(1, 51)], 200)
-    weights = [e.targets["mdlm"].weights.max() for e in repeated(MaskedDiffusion(random_length=0), tokens, 10_000)]
+    weights = [e.targets["mdlm"].weights.max() for e in repeated(create("mdlm", random_length=0), tokens, 10_000)]
     seen = np.histogram([1 / w for w in weights if w], bins=10, range=(0.001, 1))[0][3:]  # p, where something is masked
     fits(seen, seen.sum() / 7)
 
@@ -453,7 +442,7 @@ def test_masking_probabilities_are_uniform_and_lengths_are_cut_as_rarely_as_aske
 def electra(mesh, vocab, std):
     """The objective and a tiny network for it."""
     size = {"layers": 1, "hidden": 16, "heads": 4, "positions": 64}
-    model, e = ModelConfig(preset="bert-1m", vocab=vocab, init_std=std, **size), Electra()
+    model, e = ModelConfig(preset="bert-1m", vocab=vocab, init_std=std, **size), create("electra")
     build = Build(model, mesh, e.kind, 64, heads=e.heads, generator=e.generator)
     network = Network(build).eval().requires_grad_(False)
     initialise(network, build, 0)
@@ -465,7 +454,7 @@ ONE = SimpleNamespace(gather=lambda x: x, before=lambda count: 0)
 
 
 def electra_batch(rows):
-    return collate([[e] for _, e in examples(Electra(), rows, 64)], Electra(), VOCAB, 64)
+    return collate([[e] for _, e in examples(create("electra"), rows, 64)], create("electra"), VOCAB, 64)
 
 
 def test_electra_starts_at_ln_v_and_fifty_ln_2(mesh):
@@ -483,13 +472,13 @@ def test_a_lucky_guess_of_the_generator_counts_as_real():
     lucky = chosen & (torch.arange(64) % 2 == 0)
     tokens = torch.where(lucky, original, torch.where(chosen, original + 1, batch.inputs))
     told = SimpleNamespace(tokens=tokens, nll=lambda head, labels, weights: labels * (weights != 0))
-    assert Electra().loss(told, batch, ONE)["rtd"] == (chosen & ~lucky).sum() > 0
+    assert create("electra").loss(told, batch, ONE)["rtd"] == (chosen & ~lucky).sum() > 0
     assert torch.equal(batch.targets["rtd"].weights != 0, batch.attention.segment > 0)
 
 
 def test_electra_masks_85_and_keeps_15():
     found = Counter()
-    for _, e in examples(Electra(), 3000):
+    for _, e in examples(create("electra"), 3000):
         chosen = e.targets["mlm"].weights == 1
         inputs, labels = e.inputs[chosen], e.targets["mlm"].labels[chosen]
         found.update(mask=int((inputs == VOCAB.mask).sum()), kept=int((inputs == labels).sum()), all=len(inputs))
@@ -521,7 +510,7 @@ def test_electra_fills_a_row_alike_in_every_micro_batch(mesh):
 def test_simcse_is_the_loss_of_its_authors(n, start, supervised):
     """Cosines of every first view with all second views and hard negatives over 0.05; the own second view is right. Where
     all are equally similar it is ln n, or ln 2n with hard negatives."""
-    objective, parts = SimCSE(supervised=supervised), 2 + supervised
+    objective, parts = create("simcse", supervised=supervised), 2 + supervised
     lines = np.concatenate([TOKENIZER.encode("a line\n")] * 3)
     examples = [objective.example([Document(lines)], VOCAB, 64, rng.generator(i)) for i in range(n)]
     batch = collate([[e] for e in examples], objective, VOCAB, 64)
