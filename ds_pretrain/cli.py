@@ -55,7 +55,10 @@ def prepare(
 ) -> None:
     """Text to a tokenizer and memory-mapped stores, split by document."""
     from ds_pretrain.data.prepare import prepare as run
+    from ds_pretrain.parallel.mesh import place
 
+    if place().world > 1:
+        raise ValueError(f"prepare is for one process, this job has {place().world}: start it without a launcher")
     shares = tuple(float(share) for share in split.split(","))
     run(sources, output, vocab_size=vocab_size, kind=kind, tokenizer=tokenizer, split=shares, text_field=text_field)  # type: ignore[arg-type]
 
@@ -524,10 +527,10 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # deepspeed adds it; we read LOCAL_RANK
     try:
         app()
-    except (ValueError, ArithmeticError, InterruptedRun) as error:
+    except (ValueError, ArithmeticError, OSError, InterruptedRun) as error:
         if "--debug" in sys.argv:
             raise
-        code = {ValueError: 2, ArithmeticError: 3}
+        code: dict[type[Exception], int] = {ValueError: 2, OSError: 2, ArithmeticError: 3}
         if place().rank == 0 or not isinstance(error, (ConfigError, InterruptedRun)):  # those are the same on every rank
             err.print(f"[bold red]error[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(next((number for kind, number in code.items() if isinstance(error, kind)), getattr(error, "exit_code", 1)))

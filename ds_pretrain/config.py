@@ -271,7 +271,10 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         key, sign, text = override.partition("=")
         if not sign:
             raise ConfigError(str(path), [f"override {override!r} must look like section.key=value"])
-        _set(values, key.split("."), yaml.safe_load(text) if text else "")
+        try:
+            _set(values, key.split("."), yaml.safe_load(text) if text else "")
+        except yaml.YAMLError as error:
+            raise ConfigError(str(path), [f"override {override!r} is not readable as YAML: {error}"]) from error
     return parse_run(_numbers(values), str(path))
 
 
@@ -301,7 +304,9 @@ def _explain(error: dict[str, Any]) -> str:
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for part in path[:-1]:
-        values = values.setdefault(part, {})
+        if not isinstance(values.setdefault(part, {}), dict):
+            raise ConfigError("overrides", [f"{part} is a section, but it is set to {values[part]!r}: write {part}.KEY=VALUE"])
+        values = values[part]
     values[path[-1]] = value
 
 

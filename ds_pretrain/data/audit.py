@@ -27,10 +27,13 @@ class Audit:
         self.objective, self.vocab = objective, vocab
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
+        self._predicted: dict[str, float] = {}
         self._told: set[str] = set()
 
     def add(self, batches: Sequence[Batch]) -> None:
         predicted = {name: sum(int((b.targets[name].weights != 0).sum()) for b in batches) for name in batches[0].targets}
+        for name, count in predicted.items():
+            self._predicted[name] = self._predicted.get(name, 0.0) + count
         for key, share in realised(batches, self.vocab).items():
             weight = predicted.get(key.rsplit("/", 1)[0], 1)
             self._sums[key] = self._sums.get(key, 0.0) + weight * share
@@ -45,8 +48,9 @@ class Audit:
         """What strays from what the objective expects, each told once."""
         found = []
         for key, expected in self.objective.expected.items():
-            share, count = self.shares.get(key), self._weights.get(key, 0.0)
-            if share is None or key in self._told:
+            count = self._predicted.get(key.rsplit("/", 1)[0], 0.0)
+            share = self._sums.get(key, 0.0) / count if count else expected
+            if key in self._told or not count:
                 continue
             if abs(share - expected) > DEVIATIONS * math.sqrt(expected * (1 - expected) / count) + TOLERANCE:
                 self._told.add(key)

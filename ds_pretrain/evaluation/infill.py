@@ -7,6 +7,7 @@ with the document or the line. Counted are lines written exactly, and, of docume
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,14 +59,15 @@ def parses(text: str) -> bool:
 def gaps(dataset: PretrainingDataset, count: int, seed: int = 0) -> Iterator[Gap]:
     """One line of each of up to `count` documents, drawn by document: not blank, with text on both sides."""
     draw = rng.generator("infill", seed)
-    found = 0
     for number in draw.permutation(len(dataset.store.lengths)):
+        if count == 0:
+            return
         tokens = dataset.store.slice(int(number), 0, int(dataset.store.lengths[number]) - 1)
-        lines = dataset.tokenizer.decode(tokens.tolist()).splitlines(keepends=True)
+        lines = re.findall(r"[^\n]*\n|[^\n]+", dataset.tokenizer.decode(tokens.tolist()))
         full = [i for i, line in enumerate(lines) if line.strip() and 0 < i < len(lines) - 1]
-        if full and found < count:
+        if full:
             at = int(draw.choice(full))
-            found += 1
+            count -= 1
             yield Gap("".join(lines[:at]), lines[at], "".join(lines[at + 1 :]))
 
 

@@ -9,6 +9,7 @@ one has rotary positions, grouped keys, SwiGLU and an untied head, the masked on
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -185,8 +186,9 @@ def compare(
         name: float((gradients[name] - true).norm() / true.norm()) if name in gradients else float("inf")
         for name, true in truth.items()
     }
+    errors = {name: error if math.isfinite(error) else math.inf for name, error in errors.items()}
     worst = max(errors, key=lambda name: errors[name])
-    return Result(case, loss_error, errors[worst], worst)
+    return Result(case, loss_error if all(map(math.isfinite, losses)) else math.inf, errors[worst], worst)
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

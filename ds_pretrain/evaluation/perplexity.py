@@ -38,7 +38,9 @@ def evaluate(model: Model, dataset: PretrainingDataset, max_tokens: int | None =
         tokens=round(scored),
         bytes=plan.bytes,
         words=plan.words,
-        accuracy=_share(sum(results[0].tallies.get(f"{name}/correct", 0.0) for name in words), scored),
+        accuracy=_share(
+            *(sum(results[0].tallies.get(f"{name}/{key}", 0.0) for name in words) for key in ("correct", "scored"))
+        ),
         total=statistics.fmean(losses),
         error=statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None,
         heads={head.name: _head(results[0], head.name) for head in objective.heads} if _several(objective.heads) else {},
@@ -53,7 +55,7 @@ def _head(result: Evaluated, name: str) -> HeadScores:
     """One head's figures; precision and recall of label 1 where there are two classes."""
     total, counts = result.totals[name], result.tallies
     correct, positive, found = (counts.get(f"{name}/{what}") for what in ("correct", "positive", "found"))
-    accuracy = None if correct is None else _share(correct, total)
+    accuracy = None if correct is None else _share(correct, counts[f"{name}/scored"])
     scores = HeadScores(_share(result.sums[name], total), round(total), accuracy)
     if positive is None or found is None or correct is None:
         return scores

@@ -99,10 +99,10 @@ class Objective(ABC):
 
     @property
     def tallied(self) -> tuple[str, ...]:
-        """What an evaluation counts: per head the `correct` positions, of heads with two classes also the `positive` labels
-        and those of them that were `found`."""
+        """What an evaluation counts: per head the `scored` positions and the `correct` ones; of heads with two classes also
+        the `positive` labels and those of them that were `found`."""
         pairs = [f"{h.name}/{what}" for h in self.heads if h.classes == 2 for what in ("positive", "found")]
-        return (*(f"{h.name}/correct" for h in self.heads), *pairs)
+        return (*(f"{h.name}/{what}" for h in self.heads for what in ("correct", "scored")), *pairs)
 
     def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         """These counts for one micro-batch, scalars."""
@@ -110,7 +110,7 @@ class Objective(ABC):
         for head in self.heads:
             target = batch.targets[head.name]
             hits = read.correct(head.name, target.labels, target.weights)
-            counts[f"{head.name}/correct"] = hits.sum()
+            counts |= {f"{head.name}/correct": hits.sum(), f"{head.name}/scored": (target.weights != 0).sum()}
             if head.classes == 2:
                 positive = (target.labels == 1) & (target.weights != 0)
                 counts |= {f"{head.name}/positive": positive.sum(), f"{head.name}/found": (hits & positive).sum()}
@@ -122,8 +122,10 @@ class Objective(ABC):
 
     def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
         """Every reason why this objective cannot be trained with this tokenizer and length, with numbers and the fix."""
-        if max_len < 8:
-            return [f"batch.seq_len {max_len} is too short for {self.name}: at least 8 positions are needed"]
+        least = 2 * self.shortest - 1  # a last piece that is too short takes what it lacks from the one before it
+        if max_len < 8 or self.piece(max_len) < least:
+            need = next(n for n in range(8, 1 << 20) if self.piece(n) >= least)
+            return [f"batch.seq_len {max_len} is too short for {self.name}: at least {need} positions are needed"]
         return []
 
     @staticmethod

@@ -64,6 +64,8 @@ class MaskedLanguageModeling(Objective):
 
     @property
     def expected(self) -> Mapping[str, float]:
+        if self.unit == "span":  # the fate of a span is one draw for all of it
+            return {}
         kept = 1 - self.mask_token_prob - self.random_token_prob
         return {"mlm/mask": self.mask_token_prob, "mlm/random": self.random_token_prob, "mlm/kept": kept}
 

@@ -23,6 +23,9 @@ from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.masked import MaskedLanguageModeling
 
+ENOUGH = 9
+"""Places that a pair is cut from at least: three in each third."""
+
 
 class Pair(NamedTuple):
     """Two segments and the answer: 0 for what belongs together (IsNext, in order), 1 otherwise, as BERT numbers them."""
@@ -95,33 +98,35 @@ class NextSentencePrediction(SentencePair):
 class SentenceOrderPrediction(SentencePair):
     """Two consecutive segments of one document, swapped half of the time.
 
-    Both begin and end where sentences do, wherever there are that many, and else both inside one: the end of a document
-    would otherwise say which of the two comes last.
+    Both begin and end where sentences do, or both inside one sentence where there are few of them, and the places are drawn
+    from the first, any and the last third of them: a fixed place, the beginning or the end of a document above all, would
+    say which of the two comes first.
     """
 
     task = "sop"
+    shortest = ENOUGH + 1
     heads: ClassVar[tuple[Head, ...]] = (Head("sop", classes=2),)
 
     def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:
         (doc,) = docs
-        bounds = vocab.sentence_ends(doc.tokens)
-        bounds = bounds if doc.before is not None else np.concatenate(([0], bounds))
-        if len(bounds) < 3:
-            bounds = self._inside(len(doc.tokens), bounds)
-        window = self._shorter(len(bounds) - 1, rng)
-        start = int(rng.integers(len(bounds) - window))
-        half = int(rng.integers(start + 1, start + window))
-        first = doc.tokens[bounds[start] : bounds[half]]
-        second = doc.tokens[bounds[half] : bounds[start + window]]
+        places = self._places(len(doc.tokens), vocab.sentence_ends(doc.tokens)[1:-1])
+        third = max(1, len(places) // 3)
+        start, stop = int(rng.integers(third)), len(places) - 1 - int(rng.integers(third))
+        stop = start + self._shorter(stop - start, rng)
+        half = int(rng.integers(start + 1, stop))
+        first, second = doc.tokens[places[start] : places[half]], doc.tokens[places[half] : places[stop]]
         return Pair(second, first, 1) if rng.random() < 0.5 else Pair(first, second, 0)
 
     @staticmethod
-    def _inside(tokens: int, bounds: np.ndarray) -> np.ndarray:
-        """Every place inside the longest sentence, its ends left out; every place of the text if that is too short."""
-        ends = np.concatenate(([0], bounds, [tokens]))
-        longest = int(np.diff(ends).argmax())
-        inside = np.arange(ends[longest] + 1, ends[longest + 1])
-        return inside if len(inside) >= 3 else np.arange(tokens + 1)
+    def _places(tokens: int, ends: np.ndarray) -> np.ndarray:
+        """Where a segment may begin or end: where sentences do, or anywhere in the longest one where they are few, or
+        anywhere inside texts of a few words."""
+        if len(ends) >= ENOUGH:
+            return ends
+        bounds = np.concatenate(([0], ends, [tokens]))
+        longest = int(np.diff(bounds).argmax())
+        inside = np.arange(bounds[longest] + 1, bounds[longest + 1])
+        return inside if len(inside) >= ENOUGH else np.arange(1, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,12 +104,12 @@ class SimCSE(Objective):
 
     @property
     def tallied(self) -> tuple[str, ...]:
-        return ("simcse/correct",)
+        return ("simcse/correct", "simcse/scored")
 
     def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         """Sentences whose own second view is the nearest."""
         similarity, own = self._similarity(read, batch, comm)
-        return {"simcse/correct": (similarity.argmax(1) == own).sum()}
+        return {"simcse/correct": (similarity.argmax(1) == own).sum(), "simcse/scored": similarity.new_tensor(len(own))}
 
     def _similarity(self, read: Readout, batch: Batch, comm: Comm) -> tuple[Tensor, Tensor]:
         """Scaled cosines of this rank's sentences with all second views and hard negatives [n, N], and their own column."""

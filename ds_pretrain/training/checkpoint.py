@@ -80,9 +80,13 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     if not failed and engine.mesh.rank == 0:
         try:
             _commit(attempt, final, {"version": VERSION, "step": step, **facts, **saved, "files": list(chain(*everyone))})
-            prune(folder, keep, step)
         except OSError as error:
             failed = [f"rank 0: {error}"]
+        else:
+            try:
+                prune(folder, keep, step)
+            except OSError as error:
+                log.warning("an older checkpoint could not be removed: %s", error)
     told = engine.mesh.agree("; ".join(failed))
     if told:
         if engine.mesh.rank == 0:

@@ -96,11 +96,19 @@ def told(found: Mapping[str, Any]) -> str:
 
 def _cut(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if kept != lines:
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         beside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for what is no such line, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _plain(value: Any) -> Any:

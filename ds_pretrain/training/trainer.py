@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ from ds_pretrain.training.signals import InterruptedRun, StopRequest
 
 ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """DeepSpeed's configuration when none is given: fp32, optimizer states divided over the data ranks."""
+OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
+    "scheduler",
+)  # fmt: skip
+"""Keys of a DeepSpeed JSON that are the run's to decide."""
 FAR = 1.5
 """A loss this many times that of the first step is said to diverge."""
 
@@ -80,6 +85,10 @@ class PreTrainer:
         check_sizes(batch_size, micro_batch_size, data_size)
         if dataset.objective != objective:
             raise ValueError(f"the dataset was made for {dataset.objective}, the trainer is given {objective}")
+        if problems := [*model.problems(), *_misfits(model, dataset, deepspeed, plan), *_claimed(deepspeed)]:
+            raise ValueError("; ".join(problems))
+        if optimizer is not None and learning_rate is not None:
+            raise ValueError(f"learning_rate {learning_rate} and optimizer (lr {optimizer.lr}) are both given: use one")
         self.dataset, self.objective, self.plan = dataset, objective, plan
         self.batch_size, self.micro_batch_size, self.max_steps = batch_size, micro_batch_size, max_steps
         self.eval_every, self.eval_tokens, self.save_every = eval_every, eval_tokens, save_every
@@ -161,6 +170,8 @@ class PreTrainer:
         facts = {
             "model": self.shape.model_dump(),
             "objective": self.objective.name,
+            "objective_fields": repr(self.objective),
+            "first_loss": self._first_loss,
             "data": self.dataset.digest,
             "cursor": list(self.cursor),
             "tokens": self.tokens,
@@ -180,7 +191,7 @@ class PreTrainer:
         self.tokens += result.tokens
         seconds = time.perf_counter() - began
         watch.step(self.step, result.loss, result.tokens / seconds)
-        if self.step % self.log_every == 0 or not result.finite:
+        if self.step % self.log_every == 0 or self.step == self.max_steps or not result.finite:
             metrics.write(self._line(result, batches, lr, seconds))
         if self.mesh.rank == 0:
             self.audit.add(batches)
@@ -239,9 +250,38 @@ class PreTrainer:
                 f"{snapshot.path} was trained with {m['objective']} on data {m['data']}, this run has {self.objective.name} "
                 f"on {self.dataset.digest} (text, seq_len, seed and split count): use another output"
             )
+        if m["objective_fields"] != repr(self.objective):
+            raise ValueError(
+                f"{snapshot.path} was trained with {m['objective_fields']}, this run has {self.objective!r}: a run keeps its "
+                "objective; use another output"
+            )
         checkpoint.load(snapshot, self.model)
+        self._first_loss = m["first_loss"]
         self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
         self.consumed = Counter(m["consumed"])
+
+
+def _misfits(
+    model: ModelConfig, dataset: PretrainingDataset, deepspeed: Mapping[str, Any], plan: ParallelPlan
+) -> Iterator[str]:
+    """Where model, data and engine contradict one another."""
+    if model.vocab is not None and model.vocab != dataset.vocab.size:
+        yield f"the model has a vocabulary of {model.vocab}, the dataset's tokenizer {dataset.vocab.size}: leave it out"
+    if model.position == "learned" and model.positions is not None and model.positions < dataset.seq_len:
+        yield f"rows of {dataset.seq_len} positions are longer than the model's {model.positions}: lower seq_len"
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    half = [kind for kind in ("bf16", "fp16") if deepspeed.get(kind, {}).get("enabled")]
+    if stage == 0 and (half or plan.pipeline > 1):
+        yield f"ZeRO stage 0 does not run with {', '.join([*half, *['a pipeline'] * (plan.pipeline > 1)])}: use stage 1"
+    if stage >= 2 and plan.pipeline > 1:
+        yield f"ZeRO stage {stage} does not run with {plan.pipeline} pipeline stages: use stage 1"
+
+
+def _claimed(deepspeed: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a DeepSpeed JSON that the run owns and would overwrite."""
+    for key in OWNED:
+        if deepspeed.get(key, "auto") != "auto":
+            yield f'the DeepSpeed JSON sets {key} to {deepspeed[key]!r}, which belongs to the run: set it to "auto"'
 
 
 def _fill(deepspeed: Mapping[str, Any], rows: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:

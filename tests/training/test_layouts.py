@@ -1,4 +1,5 @@
-"""Any objective under any layout is the same computation: losses of three steps, so gradients too, on one and two ranks."""
+"""Any objective under any layout is the same computation: losses of three steps and norms of their gradients, whose scale
+Adam would hide, on one and on two ranks."""
 
 import pytest
 from every import engine_for, first_rows, samples
@@ -31,7 +32,7 @@ def losses(name, plan, stage):
         mine = rows[step * ROWS + mesh.at.data * micro : (step + 1) * ROWS]
         batches = [data.collate(mine[deal * micro * mesh.data_size :][:micro]) for deal in range(deals)]
         result = engine.step(batches, step + 1, 1e-3)
-        found.append({"loss": result.loss, **{head: result.sums[head] for head in result.sums}})
+        found.append({"loss": result.loss, "norm": result.grad_norm, **{head: result.sums[head] for head in result.sums}})
     return found
 
 
@@ -62,4 +63,4 @@ def legal(name, plan):
 @pytest.mark.parametrize("name, layout", [(n, each) for n in REGISTRY for each in LAYOUTS if legal(n, LAYOUTS[each][0])])
 def test_a_layout_changes_no_loss(alone, together, name, layout):
     for one, other in zip(alone[name, "one"], together[name, layout], strict=True):
-        assert other == pytest.approx(one, rel=2e-5), (name, layout)
+        assert other == pytest.approx(one, rel=1e-4), (name, layout)
