@@ -371,11 +371,12 @@ SURFACES = VOCAB.surfaces()
 
 
 def clues(a, b, docs):
-    """What should not tell the answer: lengths, last and first tokens, and whether the pair touches an end of a document."""
+    """What should not tell the answer: lengths, final punctuation, and whether the pair touches an end of a document. (Its
+    first words may: text that opens with a heading is in order, which is what the task asks about.)"""
     found = [len(a), len(b), math.log(len(a) / len(b)), len(a) > len(b), len(a) + len(b)]
     for part in (a, b):
-        first, last = SURFACES[part[0]], SURFACES[part[-1]].rstrip()
-        found += [last.endswith((".", "!", "?")), last == "", first[:1].isspace(), first.strip()[:1].isupper()]
+        last = SURFACES[part[-1]].rstrip()
+        found += [last.endswith((".", "!", "?")), last == ""]
     begins = any(np.array_equal(x, doc.tokens[: len(x)]) for x in (a, b) for doc in docs)
     return [*found, begins, any(np.array_equal(x, doc.tokens[-len(x) :]) for x in (a, b) for doc in docs)]
 
