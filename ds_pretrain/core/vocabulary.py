@@ -91,16 +91,6 @@ class Vocabulary:
         starts[:1] = True
         return starts
 
-    def sentence_ends(self, tokens: np.ndarray) -> np.ndarray:
-        """int [k]: the places, 1 to n, before which a sentence or a line ends."""
-        return np.flatnonzero(self._closing[tokens]) + 1
-
-    @cached_property
-    def _closing(self) -> np.ndarray:
-        """Bool [size]: ids whose text ends in a full stop, a question or exclamation mark, or a line end."""
-        texts = self.surfaces() if self.surfaces else [""] * self.size
-        return np.array([text.rstrip(" \"')\N{RIGHT DOUBLE QUOTATION MARK}").endswith((".", "!", "?", "\n")) for text in texts])
-
     @cached_property
     def line_ends(self) -> np.ndarray:
         """Bool [size]: ids whose text ends a line."""

@@ -120,13 +120,15 @@ class MaskedLanguageModeling(Objective):
         if self.selection == "bernoulli":
             yield from (words[i] for i in self._choose(len(words), rng))
             return
-        left = count
-        for i in rng.permutation(len(words)):
-            if len(words[i]) <= left or left == count == 1:
+        left, order = count, rng.permutation(len(words))
+        for i in order:
+            if len(words[i]) <= left:
                 yield words[i]
                 left -= len(words[i])
             if left <= 0:
                 return
+        if left == count:
+            yield words[order[0]]
 
     def _spans(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Spans of adjacent free words until the count is reached; the last one is cut to what is left of it."""

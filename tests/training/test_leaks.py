@@ -55,7 +55,7 @@ def test_no_logit_sees_the_answer_it_is_asked_for(name, networks):
     """Also that the law has something to say: most scored answers are tried, and other logits do move."""
     objective, network = create(name), networks[name]
     asked = moved = 0
-    for number in range(160):
+    for number in range(320):
         draw = rng.generator("document", number)
         tokens = draw.choice(VOCAB.words, min(objective.piece(SEQ), 40)).astype(np.int32)
         before = example(objective, tokens, number)
