@@ -6,7 +6,6 @@ stage, precision and offload, and the values it marks "auto" are filled in from 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
@@ -21,6 +20,7 @@ from ds_pretrain.core.registry import unknown
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import REGISTRY, Objective, create
 from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.training import deepspeed_json
 from ds_pretrain.training.optimizer import OptimizerConfig
 
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -193,28 +193,11 @@ class RunConfig(_Section):
         except ValueError as error:
             yield str(error)
             return
-        stage, pipeline = stage_of(config), self.parallel.pipeline
-        half = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")]
-        if stage >= 2 and pipeline > 1:
-            yield f"ZeRO stage {stage} does not run with parallel.pipeline {pipeline}: use a stage 1 JSON, or no pipeline"
-        if stage == 0 and pipeline > 1:
-            yield (
-                f"ZeRO stage 0 with parallel.pipeline {pipeline} leaves parameters out of the gradient norm: use a stage 1 "
-                "JSON (zero1_fp32.json)"
-            )
-        if stage == 0 and half:
-            yield f"{half[0]} with ZeRO stage 0 counts Adam's steps wrongly: use a stage 1 JSON (zero1_{half[0]}.json)"
-        if config.get("zero_optimization", {}).get("round_robin_gradients"):
-            yield "zero_optimization.round_robin_gradients breaks checkpoints silently: set it to false"
-        if "fp16" in half and not _cuda():
-            yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
+        yield from deepspeed_json.problems(config, self.parallel.pipeline)
 
     def _check_sizes(self, vocab_size: int | None) -> Iterator[str]:
-        m, o, length, steps = self.model, self.optimizer, self.batch.seq_len, self.train.max_steps
-        if m.positions and m.position == "learned" and length > m.positions:
-            yield f"batch.seq_len {length} is longer than model.positions {m.positions}: lower one or raise the other"
-        if vocab_size and m.vocab and m.vocab != vocab_size:
-            yield f"model.vocab {m.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
+        o, steps = self.optimizer, self.train.max_steps
+        yield from self.model.misfits(vocab_size, self.batch.seq_len)
         if o.warmup_steps >= steps:
             yield (
                 f"optimizer.warmup_steps {o.warmup_steps} is not below train.max_steps {steps}: add "
@@ -225,16 +208,7 @@ class RunConfig(_Section):
 
     def deepspeed_json(self) -> dict[str, Any]:
         """The DeepSpeed configuration as it stands in its file. ValueError naming the file if it is none."""
-        path = find(self.deepspeed.config, "deepspeed", ".json")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"deepspeed.config {path}: not readable as JSON ({error})") from error
-        return {key: value for key, value in config.items() if value != "auto"}
-
-
-def stage_of(deepspeed: Mapping[str, Any]) -> int:
-    return int(deepspeed.get("zero_optimization", {}).get("stage", 0))
+        return deepspeed_json.read(find(self.deepspeed.config, "deepspeed", ".json"))
 
 
 def find(name: str, kind: str, suffix: str) -> Path:
@@ -322,12 +296,6 @@ def _numbers(value: Any) -> Any:
 def _divisors(count: int, limit: int) -> str:
     fits = [str(n) for n in range(1, min(count, max(limit, 8)) + 1) if count % n == 0]
     return f"use {', '.join(fits)}"
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def objective_fields(name: str) -> list[str]:

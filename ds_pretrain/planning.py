@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ds_pretrain.config import RunConfig, stage_of
+from ds_pretrain.config import RunConfig
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.plan import stage_of_layer
+from ds_pretrain.training.deepspeed_json import half, stage_of
 
 GIB = 1 << 30
 
@@ -53,8 +54,7 @@ def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float
     """Bytes per rank by use, for the fullest pipeline stage taken as an even share."""
     json, plan = config.deepspeed_json(), config.parallel.plan()
     data, stage = plan.data(world), stage_of(json)
-    half = any(json.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
-    width = 2 if half else 4
+    width = 2 if half(json) else 4
     mine = model.count_parameters() / plan.tensor / plan.pipeline
     micro = config.batch.micro_size or max(1, config.batch.global_size // data)
     rows = micro * config.batch.seq_len / plan.tensor * width
@@ -62,7 +62,7 @@ def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float
     return {
         "weights": mine * width / (data if stage == 3 else 1),
         "gradients": mine * width / (data if stage >= 2 else 1),
-        "fp32 master": mine * 4 * (half or stage > 0) / (data if stage else 1),
+        "fp32 master": mine * 4 * (width == 2 or stage > 0) / (data if stage else 1),
         "Adam moments": mine * 8 / (data if stage else 1),
         "activations": per_layer * model.layers,  # 1F1B keeps as many micro-batches as stages, each a stage's layers
     }

@@ -41,6 +41,7 @@ def fp16(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr("ds_pretrain.training.deepspeed_json._cuda", lambda: True)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from ds_pretrain.config import ConfigError, configs, find, load_run, parse_run, stage_of
+from ds_pretrain.config import ConfigError, configs, find, load_run, parse_run
+from ds_pretrain.training.deepspeed_json import stage_of
 
 BASE = {"data": {"path": "nowhere"}, "train": {"max_steps": 1000}}
 
@@ -78,8 +79,28 @@ def test_bf16_with_stage_0_and_round_robin_are_refused(tmp_path):
     path.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0, "round_robin_gradients": True}}))
     found = "\n".join(problems(deepspeed={"config": str(path)}))
     assert "bf16 with ZeRO stage 0" in found and "round_robin_gradients" in found
-    path.write_text("{")
-    assert "not readable as JSON" in problems(deepspeed={"config": str(path)})[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "holds list, not a mapping"),
+        ('{"bf16": true}', "sets bf16 to True, which is a section"),
+        ('{"zero_optimization": {"stage": "auto"}}', 'sets zero_optimization.stage to "auto"'),
+        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}', 'zero_optimization.reduce_bucket_size to "auto"'),
+        ('{"zero_optimization": {"stage": 4}}', "sets zero_optimization.stage to 4: there are 0, 1, 2 and 3"),
+        (
+            '{"zero_optimization": {"stage": 1}, "gradient_clipping": 3}',
+            "sets gradient_clipping to 3, which belongs to the run",
+        ),
+    ],
+)
+def test_a_deepspeed_json_that_is_none_or_says_too_much_is_told(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    (found,) = problems(deepspeed={"config": str(path)})
+    assert message in found
 
 
 def test_overrides_reach_nested_keys_and_scientific_numbers(tmp_path):

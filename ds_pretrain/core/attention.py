@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Kind = Literal["causal", "full", "mixed"]
@@ -82,15 +83,11 @@ class AttentionPattern:
 
     def spans(self) -> list[Span]:
         """The documents of the batch, row by row. Reads the device: for the CPU path, tools and tests."""
-        found = []
-        for row, segment in enumerate(self.segment.tolist()):
-            start = 0
-            for stop in range(1, len(segment) + 1):
-                if stop == len(segment) or segment[stop] != segment[start]:
-                    if segment[start]:
-                        found.append(Span(row, start, stop))
-                    start = stop
-        return found
+        edged = F.pad(self.segment.cpu(), (1, 1))
+        border, inside = edged[:, 1:] != edged[:, :-1], edged != 0
+        rows, starts = (border & inside[:, 1:]).nonzero(as_tuple=True)
+        _, stops = (border & inside[:, :-1]).nonzero(as_tuple=True)
+        return [Span(*numbers) for numbers in zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True)]
 
     def cu_seqlens(self) -> Tensor:
         """Cumulative document lengths, int32 [documents + 1], as variable-length kernels want them (no padding)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -92,6 +93,13 @@ class ModelConfig(BaseModel):
         if self.heads % self.groups:
             found.append(f"model.heads {self.heads} is not divisible by model.kv_heads {self.groups}")
         return found
+
+    def misfits(self, vocab_size: int | None, seq_len: int) -> Iterator[str]:
+        """Where the model contradicts a tokenizer (None: not known yet) or the length of a row."""
+        if self.position == "learned" and self.positions and seq_len > self.positions:
+            yield f"batch.seq_len {seq_len} is longer than model.positions {self.positions}: lower one or raise the other"
+        if vocab_size and self.vocab and self.vocab != vocab_size:
+            yield f"model.vocab {self.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
 
     def count_parameters(self, embeddings: bool = True) -> int:
         """Number of parameters; without embeddings it is the N of scaling laws."""

@@ -28,6 +28,7 @@ from ds_pretrain.models.transformer import Block, Build, Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm, all_reduce
 from ds_pretrain.parallel.mesh import Mesh, Mpu
+from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.metrics import real_tokens
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
@@ -267,12 +268,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         targets={name: Target(move(t.labels), move(t.weights), t.total) for name, t in batch.targets.items()},
         token_type=move(batch.token_type),
     )
-
-
-def offloads(config: Mapping[str, Any]) -> bool:
-    """Whether this DeepSpeed JSON keeps optimizer states on the CPU of a GPU machine."""
-    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return device != "none" and torch.cuda.is_available()
 
 
 def quiet_deepspeed() -> None:

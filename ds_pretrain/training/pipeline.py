@@ -11,7 +11,8 @@ from typing import Any
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.transformer import Build, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
-from ds_pretrain.training.engine import Engine, offloads
+from ds_pretrain.training.deepspeed_json import offloads
+from ds_pretrain.training.engine import Engine
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
 

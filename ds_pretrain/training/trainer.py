@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
-from ds_pretrain.training import checkpoint
+from ds_pretrain.training import checkpoint, deepspeed_json
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
 from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, told
 from ds_pretrain.training.optimizer import OptimizerConfig
@@ -32,11 +32,6 @@ from ds_pretrain.training.signals import InterruptedRun, StopRequest
 
 ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """DeepSpeed's configuration when none is given: fp32, optimizer states divided over the data ranks."""
-OWNED = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
-    "scheduler",
-)  # fmt: skip
-"""Keys of a DeepSpeed JSON that are the run's to decide."""
 FAR = 1.5
 """A loss this many times that of the first step is said to diverge."""
 
@@ -85,7 +80,12 @@ class PreTrainer:
         check_sizes(batch_size, micro_batch_size, data_size)
         if dataset.objective != objective:
             raise ValueError(f"the dataset was made for {dataset.objective}, the trainer is given {objective}")
-        if problems := [*model.problems(), *_misfits(model, dataset, deepspeed, plan), *_claimed(deepspeed)]:
+        problems = [
+            *model.problems(),
+            *model.misfits(dataset.vocab.size, dataset.seq_len),
+            *deepspeed_json.problems(deepspeed, plan.pipeline),
+        ]
+        if problems:
             raise ValueError("; ".join(problems))
         if optimizer is not None and learning_rate is not None:
             raise ValueError(f"learning_rate {learning_rate} and optimizer (lr {optimizer.lr}) are both given: use one")
@@ -102,7 +102,7 @@ class PreTrainer:
         )
         build = build_for(objective, self.shape, self.mesh, dataset.seq_len, activation_checkpointing)
         accumulation = batch_size // (micro_batch_size * data_size)
-        config = _fill(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
+        config = deepspeed_json.filled(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
         self.model: Engine = create_engine(build, objective, self.optimizer, config, seed)
         if compile:
             self.model.compile()
@@ -259,39 +259,3 @@ class PreTrainer:
         self._first_loss = m["first_loss"]
         self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
         self.consumed = Counter(m["consumed"])
-
-
-def _misfits(
-    model: ModelConfig, dataset: PretrainingDataset, deepspeed: Mapping[str, Any], plan: ParallelPlan
-) -> Iterator[str]:
-    """Where model, data and engine contradict one another."""
-    if model.vocab is not None and model.vocab != dataset.vocab.size:
-        yield f"the model has a vocabulary of {model.vocab}, the dataset's tokenizer {dataset.vocab.size}: leave it out"
-    if model.position == "learned" and model.positions is not None and model.positions < dataset.seq_len:
-        yield f"rows of {dataset.seq_len} positions are longer than the model's {model.positions}: lower seq_len"
-    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    half = [kind for kind in ("bf16", "fp16") if deepspeed.get(kind, {}).get("enabled")]
-    if stage == 0 and (half or plan.pipeline > 1):
-        yield f"ZeRO stage 0 does not run with {', '.join([*half, *['a pipeline'] * (plan.pipeline > 1)])}: use stage 1"
-    if stage >= 2 and plan.pipeline > 1:
-        yield f"ZeRO stage {stage} does not run with {plan.pipeline} pipeline stages: use stage 1"
-
-
-def _claimed(deepspeed: Mapping[str, Any]) -> Iterator[str]:
-    """Values of a DeepSpeed JSON that the run owns and would overwrite."""
-    for key in OWNED:
-        if deepspeed.get(key, "auto") != "auto":
-            yield f'the DeepSpeed JSON sets {key} to {deepspeed[key]!r}, which belongs to the run: set it to "auto"'
-
-
-def _fill(deepspeed: Mapping[str, Any], rows: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:
-    """The DeepSpeed JSON with what the run owns; DeepSpeed itself would raise on "auto"."""
-    return {
-        **deepspeed,
-        "train_batch_size": rows,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-    }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_pretrain.core.attention import AttentionPattern
-from ds_pretrain.models.attention import CoreAttention, by_document, lower, rotary_table, rotate
+from ds_pretrain.models.attention import CoreAttention, Documents, by_document, lower, rotary_table, rotate
 
 LENGTH, SIZE = 16, 8
 SEGMENTS = {
@@ -39,7 +39,7 @@ def lowered(pattern, base=None, size=SIZE):
 
 def qkv(heads, groups, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, n, LENGTH, SIZE) for n in (heads, groups, groups)]
+    shapes = [(LENGTH, 3, n, SIZE) for n in (heads, groups, groups)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -48,8 +48,9 @@ def qkv(heads, groups, dtype=torch.float64):
 @pytest.mark.parametrize("kind", ["causal", "full", "mixed"])
 def test_documents_one_by_one_are_the_dense_mask(kind, rows, heads):
     where, mine, dense = pattern(kind, rows), qkv(*HEADS[heads]), qkv(*HEADS[heads])
-    out = by_document(*mine, lowered(where), 0.0)
-    expected = F.scaled_dot_product_attention(*dense, where.dense()[:, None], enable_gqa=True)
+    out = by_document(*mine, where, Documents.of(where), 0.0)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in dense)
+    expected = F.scaled_dot_product_attention(q, k, v, where.dense()[:, None], enable_gqa=True).permute(2, 0, 1, 3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     out.backward(upstream)
@@ -59,15 +60,22 @@ def test_documents_one_by_one_are_the_dense_mask(kind, rows, heads):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
+def test_documents_of_one_length_are_attended_together():
+    documents = Documents.of(pattern("full", "packed"))
+    assert sorted(documents.shapes) == [(1, 1), (1, 3), (1, 5), (1, 8), (1, 15), (1, 16)]
+    assert Documents.of(pattern("full", "single")).shapes == [(3, 16)]
+    assert torch.equal(documents.order[documents.inverse], torch.arange(3 * LENGTH))
+
+
 @pytest.mark.parametrize("kind", ["causal", "full", "mixed"])
 def test_padding_and_empty_rows_are_zeros_and_take_no_gradient(kind):
     where, (q, k, v) = pattern(kind, "padded"), qkv(4, 2)
-    out = by_document(q, k, v, lowered(where), 0.0)
+    out = by_document(q, k, v, where, Documents.of(where), 0.0)
     out.sum().backward()
-    padding = where.segment == 0
-    assert torch.equal(out.transpose(1, 2)[padding], torch.zeros(int(padding.sum()), 4, SIZE, dtype=out.dtype))
+    padding = (where.segment == 0).t()
+    assert torch.equal(out[padding], torch.zeros(int(padding.sum()), 4, SIZE, dtype=out.dtype))
     for x in (q, k, v):
-        assert x.grad.isfinite().all() and not x.grad.transpose(1, 2)[padding].any()
+        assert x.grad.isfinite().all() and not x.grad[padding].any()
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -160,7 +168,7 @@ def test_a_pattern_is_lowered_once_per_micro_batch_and_anew_for_anything_else():
     causal, full = AttentionPattern.causal(segment), AttentionPattern.full(segment)
     position = torch.arange(8).repeat(2, 1)
     first = lower(segment, causal.horizon, position, "causal", 8, 1e4)
-    assert lower(segment, causal.horizon, position, "causal", 8, 1e4) is first and first.single
+    assert lower(segment, causal.horizon, position, "causal", 8, 1e4) is first
     others = [
         (segment, full.horizon, position, "full", 8, 1e4),  # the same rows under another pattern
         (segment, full.horizon, position, "mixed", 8, 1e4),
