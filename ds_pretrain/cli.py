@@ -370,6 +370,7 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
             "train",
             config.seed,
             config.batch.lengths,
+            _verify(),
         )
     except ValueError as error:
         raise ConfigError(run, str(error).split("; ")) from error
@@ -420,8 +421,18 @@ def _load(output: str) -> tuple[Any, Any]:
     config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     objective = config.make_objective()
     tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    dataset = PretrainingDataset(config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed)
-    return FrozenModel(output, objective, ParallelPlan(tensor=place().world)), dataset
+    dataset = PretrainingDataset(
+        config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed, verify=_verify()
+    )
+    tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
+    return FrozenModel(output, objective, ParallelPlan(tensor=tensor)), dataset
+
+
+def _verify() -> Any:
+    """One process of a node compares the data with their checksums."""
+    from ds_pretrain.parallel.mesh import place
+
+    return "full" if place().local_rank == 0 else "sizes"
 
 
 def _debug(dataset: Any, config: RunConfig) -> None:
@@ -531,7 +542,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         code: dict[type[Exception], int] = {ValueError: 2, OSError: 2, ArithmeticError: 3}
-        if place().rank == 0 or not isinstance(error, (ConfigError, InterruptedRun)):  # those are the same on every rank
+        if place().local_rank == 0 or not isinstance(error, (ConfigError, InterruptedRun)):  # the same on a node's ranks
             err.print(f"[bold red]error[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(next((number for kind, number in code.items() if isinstance(error, kind)), getattr(error, "exit_code", 1)))
 

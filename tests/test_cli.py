@@ -78,7 +78,11 @@ def test_the_output_holds_what_the_contract_names(trained):
     step = {"step", "loss", "clm", "grad_norm", "lr", "target_tokens", "tokens", "tokens_per_second", "skipped_steps"}
     assert step <= lines[0].keys()
     assert {"split", "loss", "perplexity", "bits_per_byte"} <= next(line for line in lines if "split" in line).keys()
-    assert yaml.safe_load((trained / "run.yaml").read_text())["train"]["max_steps"] == 6
+    resolved = yaml.safe_load((trained / "run.yaml").read_text())
+    assert resolved["train"]["max_steps"] == 6
+    assert resolved["model"]["vocab"] == 1000 and resolved["model"]["positions"] == resolved["batch"]["seq_len"]
+    engine = json.loads((trained / "deepspeed.json").read_text())
+    assert engine["train_batch_size"] == resolved["batch"]["global_size"] and "auto" not in engine.values()
 
 
 def test_training_again_goes_on_where_it_stopped(trained, run_file):

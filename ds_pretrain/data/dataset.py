@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -312,7 +312,8 @@ class PretrainingDataset(Samples):
     """The rows of one split of a prepared data folder.
 
     data_path: the folder that `prepare` wrote. tokenizer: the one it was prepared with; read from the folder if None.
-    seq_len: positions of a row. objective: a name or an Objective. seed: of order, packing and masks.
+    seq_len: positions of a row. objective: a name or an Objective. seed: of order, packing and masks. verify: "full" compares
+    the store with its checksums; "sizes" is for the processes of a node that open what another has verified.
     """
 
     def __init__(
@@ -324,10 +325,13 @@ class PretrainingDataset(Samples):
         split: str = "train",
         seed: int = 0,
         lengths: Mapping[int, int] | None = None,
+        verify: Literal["full", "sizes"] = "full",
     ) -> None:
+        self.verify: Literal["full", "sizes"] = verify
+        self._splits: dict[tuple[str, str], PretrainingDataset] = {}
         self.data_path = Path(data_path)
         self.tokenizer = TextTokenizer.load(self.data_path / "tokenizer") if tokenizer is None else tokenizer
-        store = Store(self.data_path / split)
+        store = Store(self.data_path / split, verify)
         if store.tokenizer_digest != self.tokenizer.digest:
             raise ValueError(
                 f"{self.data_path / split} was prepared with tokenizer {store.tokenizer_digest}, but the one given is "
@@ -336,10 +340,14 @@ class PretrainingDataset(Samples):
         super().__init__(store, self.tokenizer.vocabulary, seq_len, objective, split, seed, lengths)
 
     def split(self, name: str, objective: Objective | None = None) -> PretrainingDataset:
-        """Another split of the same folder under the same settings, or under another objective."""
-        return PretrainingDataset(
-            self.data_path, self.tokenizer, self.seq_len, objective or self.objective, name, self.seed, self.lengths
-        )
+        """Another split of the same folder under the same settings, or under another objective; opened once."""
+        objective = objective or self.objective
+        key = name, repr(objective)
+        if key not in self._splits:
+            self._splits[key] = PretrainingDataset(
+                self.data_path, self.tokenizer, self.seq_len, objective, name, self.seed, self.lengths, self.verify
+            )
+        return self._splits[key]
 
 
 def _check_lengths(lengths: Mapping[int, int], objective: Objective, vocab: Vocabulary, seq_len: int) -> list[str]:

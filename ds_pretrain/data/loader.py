@@ -99,8 +99,8 @@ def own_rows(rows: list[Row], micro_size: int, data_rank: int, data_size: int) -
 
 def evaluation_batches(
     dataset: Samples, max_tokens: int | None, micro_size: int, data_rank: int = 0, data_size: int = 1, draw: int = 0
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """This rank's share of the evaluation, equally many on all ranks: what is missing is rows of padding."""
     rows = dataset.evaluation(max_tokens, draw).rows
     missing = -len(rows) % (micro_size * data_size)
-    return [dataset.collate(m) for m in own_rows(rows + [()] * missing, micro_size, data_rank, data_size)]
+    return (dataset.collate(m) for m in own_rows(rows + [()] * missing, micro_size, data_rank, data_size))

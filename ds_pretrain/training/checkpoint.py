@@ -162,7 +162,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, step: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`; later ones can only be damaged and do not count."""
+    """Remove all but the newest `keep` checkpoints up to `step`; later ones can only be damaged and do not count. What a
+    killed attempt or removal left goes too."""
+    for left in (*folder.glob("step-*.tmp"), *folder.glob("step-*.old")):
+        shutil.rmtree(left, ignore_errors=True)
     upto = [path for path in steps(folder) if _number(path) <= step]
     for path in upto[keep:]:
         _remove(path)
@@ -208,11 +211,13 @@ def damages(path: Path, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with a checkpoint, file by file; `share` of `shares` lets ranks divide the reading."""
     try:
         files = read_manifest(path)["files"]
+        strangers = {p.name for p in path.iterdir()} - {f["name"] for f in files} - {"manifest.json"}
+        found = [f"{path / name}: not part of this checkpoint" for name in sorted(strangers)]
+        return found + [text for f in files[share::shares] if (text := _damage(path / f["name"], f))]
     except ValueError as error:
         return [str(error)]
-    strangers = {p.name for p in path.iterdir()} - {f["name"] for f in files} - {"manifest.json"}
-    found = [f"{path / name}: not part of this checkpoint" for name in sorted(strangers)]
-    return found + [text for f in files[share::shares] if (text := _damage(path / f["name"], f))]
+    except OSError as error:
+        return [f"{path}: not readable ({error})"]
 
 
 def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:

@@ -13,8 +13,10 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ from ds_pretrain.parallel.mesh import Mesh, Mpu
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.metrics import real_tokens
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
+
+AT_ONCE = 32
+"""Micro-batches of an evaluation in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,16 @@ class Model(ABC):
     def mesh(self) -> Mesh:
         return self.build.mesh
 
-    def evaluate(self, batches: Sequence[Batch]) -> Evaluated:
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluated:
         """Sums over these micro-batches of every data rank, without dropout; all ranks must bring equally many."""
-        batches = [to_device(batch, self.mesh.device) for batch in batches]
-        totals = self._global(count_totals(batches, self.objective.heads))
-        self.criterion.start({name: 1.0 for name in totals}, tally=True)
-        with torch.no_grad():
-            self._evaluate(batches)
+        counts: Counter[str] = Counter()
+        self.criterion.start({head.name: 1.0 for head in self.objective.heads}, tally=True)
+        coming = iter(batches)
+        while some := [to_device(batch, self.mesh.device) for batch in islice(coming, AT_ONCE)]:
+            counts.update(count_totals(some, self.objective.heads))
+            with torch.no_grad():
+                self._evaluate(some)
+        totals = self._global({head.name: counts[head.name] for head in self.objective.heads})
         sums = self._global(self._measured(self.criterion.sums, totals))
         tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied))
         self.criterion.start({})

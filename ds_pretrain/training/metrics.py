@@ -5,10 +5,12 @@ Only rank 0 writes. A line is flushed whole; a reader skips a last line that a k
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 SAY_EVERY = 30.0
 """Seconds between two lines of a log."""
@@ -36,15 +40,28 @@ class MetricsLog:
         if path and path.exists():
             _cut(path, step)
         self._file = path.open("a", encoding="utf-8") if path else None
+        self._told = False
 
     def write(self, values: Mapping[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
-            self._file.flush()
+            with self._patience():
+                self._file.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with self._patience():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A full disk costs no run: it is told once, and what the file did not take is tried again with the next line."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                log.warning("metrics are not being written (%s): make room; the run goes on", error)
+            self._told = True
 
 
 class Watch:

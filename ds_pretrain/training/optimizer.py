@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"]
 
 
@@ -23,7 +24,7 @@ class OptimizerConfig(BaseModel):
 
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running mean and variance of the gradient."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the variance."""

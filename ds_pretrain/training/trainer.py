@@ -6,6 +6,7 @@ its output continues from it exactly where it stopped, and a run that finds itse
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -102,8 +103,8 @@ class PreTrainer:
         )
         build = build_for(objective, self.shape, self.mesh, dataset.seq_len, activation_checkpointing)
         accumulation = batch_size // (micro_batch_size * data_size)
-        config = deepspeed_json.filled(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
-        self.model: Engine = create_engine(build, objective, self.optimizer, config, seed)
+        self.deepspeed = deepspeed_json.filled(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
+        self.model: Engine = create_engine(build, objective, self.optimizer, self.deepspeed, seed)
         if compile:
             self.model.compile()
         self.progress = progress and self.mesh.rank == 0
@@ -192,13 +193,20 @@ class PreTrainer:
         seconds = time.perf_counter() - began
         watch.step(self.step, result.loss, result.tokens / seconds)
         if self.step % self.log_every == 0 or self.step == self.max_steps or not result.finite:
-            metrics.write(self._line(result, batches, lr, seconds))
-        if self.mesh.rank == 0:
-            self.audit.add(batches)
-            for surprise in self.audit.surprises():
-                watch.say(surprise)
+            self._log(result, batches, lr, seconds, metrics, watch)
         self._judge(result, watch)
         return result
+
+    def _log(
+        self, result: StepResult, batches: list[Batch], lr: float, seconds: float, metrics: MetricsLog, watch: Watch
+    ) -> None:
+        """A line of metrics, and a look at what the batches hold."""
+        if self.mesh.rank > 0:
+            return
+        metrics.write(self._line(result, batches, lr, seconds))
+        self.audit.add(batches)
+        for surprise in self.audit.surprises():
+            watch.say(surprise)
 
     def _judge(self, result: StepResult, watch: Watch) -> None:
         """Stops at what is not a number; says once when the loss has gone far above where it began."""
@@ -237,11 +245,20 @@ class PreTrainer:
         found = checkpoint.newest(output / "checkpoints", self.mesh.rank, self.mesh.world)
         if found:
             self._resume(checkpoint.Snapshot(found))
-        elif self.mesh.rank == 0:
+        if failed := self.mesh.agree(self._write_down(output) if self.mesh.rank == 0 else ""):
+            raise OSError(failed)
+
+    def _write_down(self, output: Path) -> str:
+        """run.yaml and the DeepSpeed settings as they run; returns what went wrong."""
+        try:
             output.mkdir(parents=True, exist_ok=True)
-        if self.mesh.rank == 0 and self.facts:
-            (output / "run.yaml").write_text(yaml.safe_dump(self.facts, sort_keys=False), encoding="utf-8")
-        self.mesh.barrier()
+            if self.facts:
+                facts = {**self.facts, "model": self.shape.model_dump(mode="json")}
+                (output / "run.yaml").write_text(yaml.safe_dump(facts, sort_keys=False), encoding="utf-8")
+                (output / "deepspeed.json").write_text(json.dumps(self.deepspeed, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            return f"output {output} cannot be written: {error}"
+        return ""
 
     def _resume(self, snapshot: checkpoint.Snapshot) -> None:
         m = snapshot.manifest

@@ -140,7 +140,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(sizes, ne
 @pytest.mark.parametrize("data_size", [1, 2, 3])
 def test_evaluation_is_whole_and_equally_long_on_every_rank(name, data_size):
     data = dataset(name)
-    ranks = [evaluation_batches(data, 2000, 4, r, data_size) for r in range(data_size)]
+    ranks = [list(evaluation_batches(data, 2000, 4, r, data_size)) for r in range(data_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(batch.inputs.shape == (4, 64) for batches in ranks for batch in batches)
     whole = data.collate(data.evaluation(2000).rows)

@@ -193,13 +193,14 @@ def test_a_full_disk_leaves_what_was_there(data, folder, monkeypatch, fails):
 
 
 def test_what_a_killed_attempt_left_is_ignored_and_overwritten(data, folder):
-    stale = folder / "step-6.tmp"
-    shutil.copytree(folder / "step-4", stale)
-    (stale / "half").write_bytes(b"x")
+    for stale in ("step-6.tmp", "step-5.tmp"):
+        shutil.copytree(folder / "step-4", folder / stale)
+        (folder / stale / "half").write_bytes(b"x")
     shutil.copytree(folder / "step-2", folder / "step-0.old")
     assert newest(folder) == folder / "step-4" and numbers(folder) == [4, 2]
     trainer(data, folder.parent, max_steps=6).train()
-    assert numbers(folder) == [6, 4, 2] and damages(folder / "step-6") == [] and not stale.exists()
+    assert numbers(folder) == [6, 4, 2] and damages(folder / "step-6") == []
+    assert {path.name for path in folder.iterdir()} == {"step-2", "step-4", "step-6"}
 
 
 def test_prune_keeps_as_many_as_asked(data, tmp_path):

@@ -26,7 +26,7 @@ from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.spawn import spawn
-from ds_pretrain.training import metrics
+from ds_pretrain.training import engine, metrics
 from ds_pretrain.training.checkpoint import damages
 from ds_pretrain.training.optimizer import OptimizerConfig
 from ds_pretrain.training.signals import InterruptedRun
@@ -190,6 +190,33 @@ def test_a_resumed_run_has_one_line_for_each_step(data, tmp_path):
     trainer(data, tmp_path, max_steps=5, save_every=2, eval_every=5).train()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 5]
     assert losses(tmp_path) == [json.loads(line)["loss"] for line in whole.splitlines()[:5]]
+
+
+def test_a_full_disk_stops_the_metrics_but_not_the_run(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(metrics, "_cut", lambda path, step: None)  # /dev/full reads as zeros without end
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    made = trainer(data, tmp_path, max_steps=3, save_every=0)
+    made.train()
+    assert made.step == 3
+    assert [record.message for record in caplog.records if "make room; the run goes on" in record.message] == [
+        "metrics are not being written ([Errno 28] No space left on device): make room; the run goes on"
+    ]
+
+
+def test_an_output_that_cannot_be_written_is_told_on_every_rank(data, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OSError, match=r"output .*taken/run cannot be written: .*Not a directory"):
+        trainer(data, tmp_path / "taken" / "run")
+
+
+def test_an_evaluation_holds_a_few_micro_batches_at_a_time(run, monkeypatch):
+    test = run.dataset.split("test")
+    whole, sizes = evaluate(run.model, test), []
+    monkeypatch.setattr(engine, "AT_ONCE", 3)
+    count = engine.count_totals
+    monkeypatch.setattr(engine, "count_totals", lambda some, heads: sizes.append(len(some)) or count(some, heads))
+    assert evaluate(run.model, test) == whole
+    assert max(sizes) == 3 and len(sizes) > 1
 
 
 def told_to_stop(data, output):
