@@ -45,7 +45,7 @@ from ds_pretrain.core.attention import AttentionPattern, Kind
 from ds_pretrain.evaluation import parity
 from ds_pretrain.models.presets import create_bert_base, create_gpt_small
 from ds_pretrain.objectives import create
-from ds_pretrain.training.metrics import mfu
+from ds_pretrain.training.metrics import mfu, step_flops
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
 PARITY_STEPS = 5
@@ -328,7 +328,8 @@ def speed(name: str, recipe: step.Recipe, device: torch.device) -> Check:
     data = step.batches(recipe, 4)
     figures = step.measure(recipe, device, data)
     seconds = [statistics.median(figures.wall[side]) for side in ("ours", "plain")]
-    shares = [mfu(recipe.model, data, each * len(data), 1) for each in seconds]
+    flops = step_flops(recipe.model, create(recipe.objective), data)
+    shares = [mfu(flops, each * len(data), 1) for each in seconds]
     used = ["unknown peak" if share is None else f"MFU {share:.1%}" for share in shares]
     same = figures.loss_error <= step.LIMITS[recipe.precision]
     figure = (

@@ -50,22 +50,57 @@ def _parameters(model: ModelConfig) -> Table:
     return table
 
 
+def stage_parameters(model: ModelConfig, stages: int) -> list[int]:
+    """Parameters on each pipeline stage: embeddings on the first; norm, head and output matrix (a tied one's copy too) on
+    the last."""
+    table, layers = dict(model.parameter_table()), stage_of_layer(model.layers, stages)
+    norm = table["norms"] // (2 * model.layers + 1)
+    layer = (table["attention"] + table["feed-forward"] + table["norms"] - norm) // model.layers
+    found = [layer * layers.count(stage) for stage in range(stages)]
+    found[0] += table["word embedding"] + table["position and type embedding"]
+    copy = table["word embedding"] if model.tie_embeddings and stages > 1 else 0
+    found[-1] += norm + table["head"] + table["output embedding"] + copy
+    return found
+
+
 def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float]:
-    """Bytes per rank by use, for the fullest pipeline stage taken as an even share."""
+    """Bytes per rank by use, on the pipeline stage that needs most."""
+    stages = range(config.parallel.pipeline)
+    return max((_stage_memory(config, model, world, stage) for stage in stages), key=lambda found: sum(found.values()))
+
+
+def _stage_memory(config: RunConfig, model: ModelConfig, world: int, stage: int) -> dict[str, float]:
     json, plan = config.deepspeed_json(), config.parallel.plan()
-    data, stage = plan.data(world), stage_of(json)
-    width = 2 if half(json) else 4
-    mine = model.count_parameters() / plan.tensor / plan.pipeline
+    data, zero, width = plan.data(world), stage_of(json), 2 if half(json) else 4
+    small = _generator(config, model)
+    mine = (stage_parameters(model, plan.pipeline)[stage] + (small.count_parameters(False) if small else 0)) / plan.tensor
     micro = config.batch.micro_size or max(1, config.batch.global_size // data)
-    rows = micro * config.batch.seq_len / plan.tensor * width
-    per_layer = rows * model.hidden * (1 if config.train.activation_checkpointing else 17)
+    accumulation = config.batch.global_size // (micro * data)
+    rows, layers = micro * config.batch.seq_len, stage_of_layer(model.layers, plan.pipeline).count(stage)
+    flying = min(plan.pipeline - stage, accumulation)  # 1F1B: micro-batches that wait for their backward pass here
+    last = stage == plan.pipeline - 1
     return {
-        "weights": mine * width / (data if stage == 3 else 1),
-        "gradients": mine * width / (data if stage >= 2 else 1),
-        "fp32 master": mine * 4 * (width == 2 or stage > 0) / (data if stage else 1),
-        "Adam moments": mine * 8 / (data if stage else 1),
-        "activations": per_layer * model.layers,  # 1F1B keeps as many micro-batches as stages, each a stage's layers
+        "weights": mine * width / (data if zero == 3 else 1),
+        "gradients": mine * width / (data if zero >= 2 else 1),
+        "fp32 master": mine * 4 * (width == 2 or zero > 0) / (data if zero else 1),
+        "Adam moments": mine * 8 / (data if zero else 1),
+        "activations": rows * width * layers * flying * (_kept(config, model) + (_kept(config, small) if small else 0)),
+        "logits and their gradient, were every position scored": last * rows * 2 * 4 * model.vocab_size / plan.tensor,
     }
+
+
+def _generator(config: RunConfig, model: ModelConfig) -> ModelConfig | None:
+    generator = config.make_objective().generator
+    return model.narrower(generator[1]) if generator else None
+
+
+def _kept(config: RunConfig, model: ModelConfig) -> float:
+    """Numbers that one layer keeps of each position for its backward pass, without attention scores (Korthikanti et al.,
+    equations 1, 2, 4 and section 5, in halves of their bytes)."""
+    t = config.parallel.tensor
+    if config.train.activation_checkpointing:
+        return model.hidden / (t if config.parallel.sequence else 1)
+    return model.hidden * (17 / t if config.parallel.sequence else 5 + 12 / t)
 
 
 def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:

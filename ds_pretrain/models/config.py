@@ -101,6 +101,13 @@ class ModelConfig(BaseModel):
         if vocab_size and self.vocab and self.vocab != vocab_size:
             yield f"model.vocab {self.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
 
+    def narrower(self, share: float) -> ModelConfig:
+        """The same depth and head size with this share of the heads and the feed-forward width (ELECTRA's generator)."""
+        heads = max(1, round(self.heads * share))
+        groups = None if self.kv_heads is None else max(1, min(heads, round(self.kv_heads * share)))
+        ffn = max(8, round(self.ffn_width * heads / self.heads))
+        return self.model_copy(update={"hidden": heads * self.head_dim, "heads": heads, "kv_heads": groups, "ffn": ffn})
+
     def count_parameters(self, embeddings: bool = True) -> int:
         """Number of parameters; without embeddings it is the N of scaling laws."""
         return sum(n for name, n in self.parameter_table() if embeddings or "embedding" not in name)
@@ -125,13 +132,14 @@ class ModelConfig(BaseModel):
             ("output embedding", 0 if self.tie_embeddings else self.vocab_size * h),
         ]
 
-    def flops(self, attended: float, tokens: int, scored: int) -> float:
+    def flops(self, attended: float, tokens: int, scored: int, embedding: int | None = None) -> float:
         """Model FLOPs of one training step, forward and backward, without recomputation.
 
         attended: pairs (query, key) that the mask lets through; tokens: real tokens, padding left out; scored: positions
-        at which logits are computed. (6 per weight and token, 12 x hidden per pair and layer: Chowdhery et al. 2022, B.)
+        at which logits are computed; embedding: width of the output matrix where it is not the model's. (6 per weight and
+        token, 12 x hidden per pair and layer: Chowdhery et al. 2022, B.)
         """
         h, table = self.hidden, dict(self.parameter_table())
         weights = table["attention"] + table["feed-forward"]
-        per_scored = self.vocab_size * h + (h * h if self.head_transform else 0)
+        per_scored = self.vocab_size * (embedding or h) + (h * h if self.head_transform else 0)
         return 6.0 * weights * tokens + 12.0 * self.layers * h * attended + 6.0 * per_scored * scored

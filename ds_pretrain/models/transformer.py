@@ -89,15 +89,11 @@ class Build:
 
     @functools.cached_property
     def small(self) -> Build:
-        """The generator's own build: the same depth and head size, fewer heads."""
+        """The generator's own build."""
         assert self.generator is not None
-        m, share = self.model, self.generator[1]
-        heads = max(1, round(m.heads * share))
-        groups = None if m.kv_heads is None else max(1, min(heads, round(m.kv_heads * share)))
-        scaled = {"hidden": heads * m.head_dim, "heads": heads, "kv_heads": groups}
-        model = m.model_copy(update={**scaled, "ffn": max(8, round(m.ffn_width * heads / m.heads))})
         words = tuple(head for head in self.heads if head.classes is None)
-        return replace(self, model=model, heads=words, generator=None, embedding_width=m.hidden)
+        model = self.model.narrower(self.generator[1])
+        return replace(self, model=model, heads=words, generator=None, embedding_width=self.model.hidden)
 
     @functools.cached_property
     def megatron(self) -> TransformerConfig:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives.base import Objective
 
 log = logging.getLogger(__name__)
 
@@ -154,16 +155,24 @@ def _pairs(batch: Batch) -> int:
     return int((batch.attention.horizon[real] - (index - position) + 1).sum())
 
 
-def mfu(model: ModelConfig, batches: Sequence[Batch], seconds: float, devices: int) -> float | None:
-    """Model FLOP utilisation of `devices` that trained on these batches; None where the device's peak is not known.
+def step_flops(model: ModelConfig, objective: Objective, batches: Sequence[Batch]) -> float:
+    """Model FLOPs of training on these batches, a generator's included.
 
     Counted are the pairs that the masks let through and the positions that are scored, not the whole square and rows.
     """
+    words = [head.name for head in objective.heads if head.classes is None]
+    scored = sum(int((batch.targets[name].weights != 0).sum()) for batch in batches for name in words)
+    attended, tokens = attended_pairs(batches), real_tokens(batches)
+    if objective.generator is None:
+        return model.flops(attended, tokens, scored)
+    small = model.narrower(objective.generator[1])
+    return model.flops(attended, tokens, 0) + small.flops(attended, tokens, scored, model.hidden)
+
+
+def mfu(flops: float, seconds: float, devices: int) -> float | None:
+    """Model FLOP utilisation of `devices` that took so long; None where the device's peak is not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    if peak is None:
-        return None
-    scored = sum(int((t.weights != 0).sum()) for batch in batches for t in batch.targets.values())
-    return model.flops(attended_pairs(batches), real_tokens(batches), scored) / seconds / (peak * devices)
+    return None if peak is None else flops / seconds / (peak * devices)

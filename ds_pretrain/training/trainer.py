@@ -27,7 +27,7 @@ from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.training import checkpoint, deepspeed_json
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
-from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, told
+from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, step_flops, told
 from ds_pretrain.training.optimizer import OptimizerConfig
 from ds_pretrain.training.signals import InterruptedRun, StopRequest
 
@@ -237,7 +237,8 @@ class PreTrainer:
             "tokens_per_second": round(result.tokens / seconds, 1),
             "skipped_steps": result.skipped,
         }
-        share = mfu(self.shape, batches, seconds, self.plan.tensor * self.plan.pipeline)
+        flops = step_flops(self.shape, self.objective, batches)
+        share = mfu(flops, seconds, self.plan.tensor * self.plan.pipeline)
         return line if share is None else {**line, "mfu": share}
 
     def _open(self, output: Path) -> None:

@@ -25,6 +25,7 @@ from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import create
 from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import engine, metrics
 from ds_pretrain.training.checkpoint import damages
@@ -329,10 +330,20 @@ def test_mfu_is_the_share_of_the_peak_and_unknown_on_other_devices(monkeypatch):
     weights = torch.tensor([[1.0, 1.0, 0.0, 0.5, 0.0, 0.0]])
     batch = replace(packed(segment, AttentionPattern.causal), targets={"clm": Target(weights.long(), weights, 2.5)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert metrics.mfu(model, [batch], 1.0, 1) is None
+    flops = metrics.step_flops(model, CausalLanguageModeling(), [batch])
+    assert flops == model.flops(6 + 3, 5, 3)
+    assert metrics.mfu(flops, 1.0, 1) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    share = model.flops(6 + 3, 5, 3) / 0.5 / (2 * 989.5e12)
-    assert metrics.mfu(model, [batch], 0.5, 2) == pytest.approx(share)
+    assert metrics.mfu(flops, 0.5, 2) == pytest.approx(flops / 0.5 / (2 * 989.5e12))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
-    assert metrics.mfu(model, [batch], 0.5, 2) is None
+    assert metrics.mfu(flops, 0.5, 2) is None
+
+
+def test_flops_of_two_networks_count_the_vocabulary_in_the_generator_only():
+    model, electra = ModelConfig(layers=2, hidden=32, heads=4, vocab=100, bias=False), create("electra")
+    weights = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    targets = {"mlm": Target(weights.long(), weights, 2), "rtd": Target(torch.ones(1, 4).long(), torch.ones(1, 4), 4)}
+    batch = replace(packed([[1, 1, 1, 1]], AttentionPattern.full), targets=targets)
+    small = 6 * 4 * 2 * (4 * 8**2 + 2 * 8 * 32) + 12 * 2 * 8 * 16 + 6 * 100 * 32 * 2  # one head of 8, a quarter of 128
+    assert metrics.step_flops(model, electra, [batch]) == 6 * 4 * 2 * 12 * 32**2 + 12 * 2 * 32 * 16 + small
