@@ -69,6 +69,13 @@ class Example:
     token_type: np.ndarray | None = None
     then: tuple[Example, ...] = ()
 
+    @staticmethod
+    def bidirectional(
+        inputs: np.ndarray, targets: Mapping[str, Target[np.ndarray]], token_type: np.ndarray | None = None
+    ) -> Example:
+        """An example whose every position sees all of it."""
+        return Example(inputs, np.full(len(inputs), len(inputs) - 1, dtype=np.int32), targets, token_type)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -138,10 +145,7 @@ class Readout(Protocol):
 class Comm(Protocol):
     """What an objective may ask of the other data-parallel ranks."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The rows of all data ranks in rank order, however many each has; gradients flow back to their owners."""
-        ...
-
-    def before(self, count: int) -> int:
-        """The sum of `count` over the data ranks before this one."""
+    def gather(self, x: Tensor) -> tuple[Tensor, int]:
+        """The rows of all data ranks in rank order, however many each has, and where this rank's own begin; gradients flow
+        back to their owners."""
         ...

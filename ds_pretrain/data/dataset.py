@@ -33,6 +33,7 @@ from ds_pretrain.data.packing import Cut, Packing, Pieces, Slots, alone, pack, w
 from ds_pretrain.data.store import Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import CausalLanguageModeling, Objective, create
+from ds_pretrain.objectives.base import LAST_ORDINAL, Variant
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ BLOCK_PIECES = 1 << 16
 EVALUATION = -1
 LOOKED_AT = 200
 """Documents that are checked before training where an objective asks for more than text."""
-LATEST = np.iinfo(np.int64).max
-"""The ordinal after every schedule."""
 
 Row = tuple[int, ...]
 
@@ -192,7 +191,7 @@ class Samples:
         rows: list[Row] = []
         for start in range(0, pieces, BLOCK_PIECES):
             chunk = np.arange(start, min(start + BLOCK_PIECES, pieces))
-            rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), LATEST))
+            rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), LAST_ORDINAL))
         text = np.asarray(self.store.text[:count], dtype=np.int64).sum(axis=0)
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
@@ -274,15 +273,21 @@ class Samples:
     def _pack(self, sizes: np.ndarray) -> Packing:
         return pack(sizes, self.seq_len) if self.objective.packed else alone(sizes)
 
-    def _examples(self, samples: Sequence[int]) -> list[Example]:
+    def sources(self, samples: Sequence[int]) -> list[tuple[Variant, tuple[Document, ...]]]:
+        """What makes each of these samples, and the documents that it is given."""
         epochs, pieces, slots, variants = self.decode(np.asarray(samples))
         partners = [self._partners(epochs, pieces, k) for k in range(1, self.objective.documents)]
         cuts = [self.slots.cut(pieces, slots), *(self.pieces.cut(column) for column in partners)]
         columns = [self._documents(cut) for cut in cuts]
-        numbers = zip(epochs.tolist(), pieces.tolist(), slots.tolist(), variants.tolist(), strict=True)
+        makers = [self.variants[variant] for variant in variants.tolist()]
+        return list(zip(makers, zip(*columns, strict=True), strict=True))
+
+    def _examples(self, samples: Sequence[int]) -> list[Example]:
+        epochs, pieces, slots, _ = self.decode(np.asarray(samples))
+        keys = zip(epochs.tolist(), pieces.tolist(), slots.tolist(), strict=True)
         return [
-            self.variants[variant].example(docs, self.vocab, self.seq_len, self._generator(epoch, piece, *[slot] * (slot > 0)))
-            for docs, (epoch, piece, slot, variant) in zip(zip(*columns, strict=True), numbers, strict=True)
+            maker.example(docs, self.vocab, self.seq_len, self._generator(epoch, piece, *[slot] * (slot > 0)))
+            for (maker, docs), (epoch, piece, slot) in zip(self.sources(samples), keys, strict=True)
         ]
 
     def _documents(self, cut: Cut) -> list[Document]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -26,7 +25,7 @@ from ds_pretrain.core.attention import Span
 from ds_pretrain.core.batch import Batch, Document, Example
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import collate, realised
-from ds_pretrain.data.dataset import Cursor, Row, Samples
+from ds_pretrain.data.dataset import Cursor, Row, Samples, refuse
 from ds_pretrain.data.preview import (
     LINES,
     Reader,
@@ -96,8 +95,7 @@ def tokenizer_at(folder: str | Path) -> TextTokenizer:
 def samples_of(texts: Sequence[str], tokenizer: TextTokenizer, seq_len: int, objective: Objective, seed: int) -> Samples:
     """The stream that training would read from these documents. ValueError if they are too few or too short."""
     vocab, store = tokenizer.vocabulary, Texts(texts, tokenizer)
-    if problems := objective.check(vocab, seq_len):
-        raise ValueError("; ".join(problems))
+    refuse(objective.check(vocab, seq_len))
     tokens = store.lengths - (not objective.eod)
     long_enough = int((tokens >= objective.shortest).sum())
     if long_enough < objective.documents:
@@ -201,22 +199,6 @@ class _Made:
         return (self.example, *self.example.then)
 
 
-class _Witness:
-    """A variant that remembers what it made its last example from."""
-
-    def __init__(self, variant: Any, documents: int) -> None:
-        self._variant, self._used = variant, variant.objective.documents if isinstance(variant, Component) else documents
-        self.name = variant.name
-        self.seen: tuple[Document, ...] = ()
-
-    def size(self, tokens: np.ndarray) -> np.ndarray:
-        return self._variant.size(tokens)
-
-    def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
-        self.seen = tuple(docs[: self._used])
-        return self._variant.example(docs, vocab, max_len, rng)
-
-
 def _taken(data: Samples, examples: int) -> list[Row]:
     """The first rows that hold so many examples."""
     rows: list[Row] = []
@@ -230,16 +212,11 @@ def _taken(data: Samples, examples: int) -> list[Row]:
 
 def _made(data: Samples, rows: Sequence[Row]) -> Iterator[_Made]:
     """The examples of these rows in turn, with the documents that each was made from."""
-    plain = data.variants
-    witnesses = tuple(_Witness(variant, data.objective.documents) for variant in plain)
     for sample in (sample for row in rows for sample in row):
-        data.variants = witnesses
-        try:
-            example = data.example(sample)
-        finally:
-            data.variants = plain
-        witness = witnesses[int(data.decode(np.array([sample])).variant[0])]
-        yield _Made(witness.name if len(plain) > 1 else "", witness.seen, example)
+        ((variant, docs),) = data.sources([sample])
+        name = variant.name if isinstance(variant, Component) else ""
+        used = variant.objective.documents if isinstance(variant, Component) else len(docs)
+        yield _Made(name, docs[:used], data.example(sample))
 
 
 def _differing(made: Sequence[_Made], reader: Reader, rows: int | None) -> list[_Made]:

@@ -24,6 +24,8 @@ from ds_pretrain.core.vocabulary import Vocabulary
 
 Measure = Literal["likelihood", "bound", "hidden"]
 REGISTRY: Registry[type[Objective]] = Registry("objective")
+LAST_ORDINAL = np.iinfo(np.int64).max
+"""The ordinal after every schedule."""
 O = TypeVar("O", bound="type[Objective]")  # noqa: E741
 
 

@@ -53,5 +53,4 @@ class MaskedDiffusion(Objective):
         maskable = ~vocab.is_special[labels]
         hidden = maskable & (rng.random(len(labels)) < p)
         inputs = np.where(hidden, vocab.mask, labels).astype(np.int32)
-        horizon = np.full(len(labels), len(labels) - 1, dtype=np.int32)
-        return Example(inputs, horizon, {"mdlm": Target.of(labels, hidden / p, total=int(maskable.sum()))})
+        return Example.bidirectional(inputs, {"mdlm": Target.of(labels, hidden / p, total=int(maskable.sum()))})

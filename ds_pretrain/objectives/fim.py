@@ -14,10 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from ds_pretrain.core.batch import Document, Example, Head, Target
+from ds_pretrain.core.batch import Document, Example, Head
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.causal import CausalLanguageModeling
+from ds_pretrain.objectives.prefix import prefixed
 
 NAMES = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 SLACK = 6
@@ -75,9 +76,7 @@ class FillInTheMiddle(Objective):
         tokens, before = doc.tokens[: self.piece(max_len)], vocab.eod if doc.before is None else doc.before
         if rng.random() < self.rate:
             tokens, before = self._rewrite(tokens[tokens != vocab.eod], vocab, rng), vocab.eod
-        inputs = np.concatenate(([before], tokens[:-1])).astype(np.int32)
-        horizon = np.arange(len(inputs), dtype=np.int32)
-        return Example(inputs, horizon, {"fim": Target.of(tokens.astype(np.int32), np.ones(len(tokens)))})
+        return prefixed(np.concatenate(([before], tokens)), 1, "fim")
 
     def _rewrite(self, tokens: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
         a, b, c = self._parts(tokens, vocab, rng)

@@ -79,8 +79,7 @@ class MaskedLanguageModeling(Objective):
         (doc,) = docs
         labels = np.concatenate(([vocab.cls], doc.tokens[: max_len - 2], [vocab.sep])).astype(np.int32)
         inputs, target = self.hide(labels, vocab, rng)
-        horizon = np.full(len(labels), len(labels) - 1, dtype=np.int32)
-        return Example(inputs, horizon, {"mlm": target})
+        return Example.bidirectional(inputs, {"mlm": target})
 
     def hide(self, labels: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> tuple[np.ndarray, Target[np.ndarray]]:
         """The inputs in which some of `labels` are hidden, and the target that asks for them."""

@@ -22,10 +22,7 @@ from ds_pretrain.core import rng as random
 from ds_pretrain.core.attention import Kind
 from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout
 from ds_pretrain.core.vocabulary import Vocabulary
-from ds_pretrain.objectives.base import Objective, Variant, create, register
-
-LAST = np.iinfo(np.int64).max
-"""The ordinal after every schedule."""
+from ds_pretrain.objectives.base import LAST_ORDINAL, Objective, Variant, create, register
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Composite(Objective):
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         """An example of a component that is drawn here, with the last shares; rows of a dataset draw it beforehand."""
-        (variant,) = self.pick(rng.random(1), np.array([LAST]))
+        (variant,) = self.pick(rng.random(1), np.array([LAST_ORDINAL]))
         return self.components[variant].example(docs, vocab, max_len, rng)
 
     def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:

@@ -64,8 +64,7 @@ class SentencePair(Objective):
         types = (np.arange(len(inputs)) >= len(pair.first) + 2).astype(np.int32)
         labels, weights = np.zeros(len(inputs), dtype=np.int32), np.zeros(len(inputs))
         labels[0], weights[0] = pair.label, 1
-        horizon = np.full(len(inputs), len(inputs) - 1, dtype=np.int32)
-        return Example(inputs, horizon, {self.task: Target.of(labels, weights)}, types)
+        return Example.bidirectional(inputs, {self.task: Target.of(labels, weights)}, types)
 
     @abstractmethod
     def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:

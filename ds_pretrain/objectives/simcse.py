@@ -10,7 +10,7 @@ the data ranks: more accumulation does not enlarge it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -90,12 +90,12 @@ class SimCSE(Objective):
         (doc,) = docs
         lines = self._lines(doc.tokens, vocab)[:3] if self.supervised else [doc.tokens[: self.piece(max_len)]] * 2
         views = [np.concatenate(([vocab.cls], line, [vocab.sep])).astype(np.int32) for line in lines]
-        parts = [self._part(view, {"simcse": _mark(len(view), kind)}) for kind, view in enumerate(views, start=ANCHOR)]
+        marks = [_mark(len(view), kind) for kind, view in enumerate(views, start=ANCHOR)]
+        parts = [Example.bidirectional(view, {"simcse": mark}) for view, mark in zip(views, marks, strict=True)]
         if self.mlm_weight:
             inputs, target = self.mlm.hide(views[0], vocab, rng)
-            parts.append(self._part(inputs, {"mlm": target}))
-        first = parts[0]
-        return Example(first.inputs, first.horizon, first.targets, then=tuple(parts[1:]))
+            parts.append(Example.bidirectional(inputs, {"mlm": target}))
+        return replace(parts[0], then=tuple(parts[1:]))
 
     def loss(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
         similarity, own = self._similarity(read, batch, comm)
@@ -117,13 +117,11 @@ class SimCSE(Objective):
         found = F.normalize(read.embed("simcse", kind > 0).float(), dim=-1)
         kind = kind[kind > 0]
         anchors, positives, negatives = (found[kind == k] for k in (ANCHOR, POSITIVE, NEGATIVE))
-        keys = torch.cat([comm.gather(positives), comm.gather(negatives)])
-        own = comm.before(len(anchors)) + torch.arange(len(anchors), device=keys.device)
+        keys, first = comm.gather(positives)
+        if self.supervised:
+            keys = torch.cat([keys, comm.gather(negatives)[0]])
+        own = first + torch.arange(len(anchors), device=keys.device)
         return anchors @ keys.t() / self.temperature, own
-
-    @staticmethod
-    def _part(inputs: np.ndarray, targets: Mapping[str, Target[np.ndarray]]) -> Example:
-        return Example(inputs, np.full(len(inputs), len(inputs) - 1, dtype=np.int32), targets)
 
     @staticmethod
     def _lines(tokens: np.ndarray, vocab: Vocabulary) -> list[np.ndarray]:

@@ -39,21 +39,17 @@ class DataComm:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> tuple[Tensor, int]:
         if self.mesh.data_size == 1:
-            return x
+            return x, 0
         counts = self._counts(len(x))
         padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
         found: Tensor = _Gather.apply(padded, self.mesh.data_group)
-        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
-
-    def before(self, count: int) -> int:
-        return sum(self._counts(count)[: self.mesh.at.data])
+        rows = torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        return rows, sum(counts[: self.mesh.at.data])
 
     def _counts(self, count: int) -> list[int]:
         """`count` of every data rank."""
-        if self.mesh.data_size == 1:
-            return [count]
         counts = torch.zeros(self.mesh.data_size, dtype=torch.int64, device=self.mesh.device)
         counts[self.mesh.at.data] = count
         return all_reduce(counts, self.mesh.data_group).tolist()

@@ -59,12 +59,8 @@ class FrozenModel(Model):
     @torch.no_grad()
     def logits_at(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Logits [n, V] at the chosen positions (bool [B, S]) of rows of ids that are one document each."""
-        tokens, chosen = tokens.to(self.mesh.device), chosen.to(self.mesh.device)
-        position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-        pattern = (AttentionPattern.causal if self.objective.kind == "causal" else AttentionPattern.full)(
-            torch.ones_like(tokens)
-        )
-        return self.network(Batch(tokens, position, pattern, {}), lambda answers, _: answers.logits(chosen))
+        chosen = chosen.to(self.mesh.device)
+        return self.network(self._batch(tokens, torch.ones_like(tokens)), lambda answers, _: answers.logits(chosen))
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """One vector [H] for each sequence of ids, [n, H] fp32 on the CPU: the state of its first position, where the
@@ -74,15 +70,19 @@ class FrozenModel(Model):
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        device, length = self.mesh.device, max(map(len, texts))
-        tokens = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts], device=device)
-        real = torch.arange(length, device=device) < torch.tensor([[len(ids)] for ids in texts], device=device)
-        position = torch.arange(length, device=device).repeat(len(texts), 1)
-        pattern = (AttentionPattern.causal if self.objective.kind == "causal" else AttentionPattern.full)(real.long())
-        states = self.network(Batch(tokens, position, pattern, {}), lambda answers, _: answers.states()).float()
+        length = max(map(len, texts))
+        tokens = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts])
+        real = torch.arange(length) < torch.tensor([[len(ids)] for ids in texts])
+        states = self.network(self._batch(tokens, real.long()), lambda answers, _: answers.states()).float().cpu()
         if any(head.classes is not None and head.activation == "tanh" for head in self.objective.heads):
-            return states[:, 0].cpu()
-        return ((states * real[..., None]).sum(1) / real.sum(1, keepdim=True)).cpu()
+            return states[:, 0]
+        return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+    def _batch(self, tokens: Tensor, segment: Tensor) -> Batch:
+        """Rows of ids [B, S] that are one document each, where `segment` is 1."""
+        pattern = AttentionPattern.causal if self.objective.kind == "causal" else AttentionPattern.full
+        position = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
+        return to_device(Batch(tokens, position, pattern(segment), {}), self.mesh.device)
 
     def untrained(self) -> FrozenModel:
         """The same network with its initial weights: what training is to be held against."""

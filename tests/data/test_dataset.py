@@ -365,7 +365,7 @@ def test_a_tokenizer_that_did_not_prepare_the_data_is_refused(monkeypatch):
 
     store = MemoryStore([9, 9])
     store.tokenizer_digest = "bbbb"
-    monkeypatch.setattr("ds_pretrain.data.dataset.Store", lambda prefix: store)
+    monkeypatch.setattr("ds_pretrain.data.dataset.Store", lambda prefix, verify: store)
     with pytest.raises(ValueError, match=r"prepared with tokenizer bbbb, .*given is aaaa: prepare .*tokenizer"):
         PretrainingDataset("folder", Other(), seq_len=SEQ)
     store.tokenizer_digest = "aaaa"
