@@ -202,7 +202,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def check_parity(device: torch.device, precisions: Iterable[str] = ("fp32", "bf16")) -> Iterator[Check]:
     for objective in ("clm", "mlm"):
-        truth = parity.expected(objective, PARITY_STEPS)  # plain PyTorch on the CPU, fp32
+        truth = parity.expected(objective, parity.ROWS, PARITY_STEPS)  # plain PyTorch on the CPU, fp32
         for precision in precisions:
             loss, gradient, worst = distance(*observed(objective, precision, PARITY_STEPS), *truth)
             limits = PARITY_LIMITS[precision]
@@ -230,7 +230,7 @@ def observed(objective: str, precision: str, steps: int) -> tuple[list[float], d
     engine = engine_for(objective, precision)
     losses: list[float] = []
     first: dict[str, Tensor] = {}
-    for number, batches in enumerate(parity._steps(parity.samples(objective), steps), start=1):
+    for number, batches in enumerate(parity._steps(parity.samples(objective), parity.ROWS, steps), start=1):
         losses.append(engine.step(batches, number, parity.LR).loss)
         first = first or parity._first_gradients(engine)
     return losses, first
@@ -259,7 +259,7 @@ def check_fp16(device: torch.device, precision: str = "fp16") -> Iterator[Check]
 def steps_run(precision: str) -> Check:
     """The JSON as it is shipped: losses are finite and fall, and with fp16 the scale is dynamic."""
     engine = engine_for("clm", precision)
-    (batches,) = parity._steps(parity.samples("clm"), 1)
+    (batches,) = parity._steps(parity.samples("clm"), parity.ROWS, 1)
     results = [engine.step(batches, number, parity.LR) for number in range(1, 13)]  # the same rows: the loss must fall
     first, last = results[0], results[-1]
     scale = loss_scale(engine)
@@ -272,7 +272,7 @@ def steps_run(precision: str) -> Check:
 def overflows_are_skipped() -> Check:
     """Skipped steps are counted, leave the weights alone and lower the scale."""
     engine = engine_for("clm", "fp16", initial_scale_power=OVERFLOW_POWER, hysteresis=1)
-    (batches,) = parity._steps(parity.samples("clm"), 1)
+    (batches,) = parity._steps(parity.samples("clm"), parity.ROWS, 1)
     before = [p.detach().clone() for p in engine.module.parameters()]
     result = engine.step(batches, 1, parity.LR)
     same = all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))

@@ -301,18 +301,26 @@ def list_(
 
 @app.command()
 def parity(
-    world: Annotated[str, typer.Option(help="World sizes to start here, comma-separated; under a launcher its own.")] = "1,2,4",
-    objectives: Annotated[str, typer.Option(help="Objectives to run.")] = "clm,mlm",
+    world: Annotated[
+        str, typer.Option(help="World sizes to start here, comma-separated; under a launcher its own.")
+    ] = "1,2,4,8",
+    objectives: Annotated[str, typer.Option(help="Objectives, comma-separated; all if left out.")] = "",
+    layouts: Annotated[str, typer.Option(help="Layouts such as DP2,TP2+SP,TP2xPP2; all if left out.")] = "",
     steps: Annotated[int, typer.Option(help="Steps of each case.")] = 20,
-    output: Annotated[str | None, typer.Option("--out", help="Also write the table here (Markdown).")] = None,
+    quick: Annotated[bool, typer.Option(help="One case for each objective and layout.")] = False,
+    output: Annotated[str | None, typer.Option("--out", help="Also write every case here (Markdown).")] = None,
 ) -> None:
-    """Train the same model under every layout and print its distance from a plain PyTorch reference."""
+    """Train small models for every objective under every layout and print their distance from plain PyTorch."""
     from ds_pretrain.evaluation import parity as check
 
-    results = check.run([int(size) for size in world.split(",")], objectives.split(","), steps)
+    sizes = [int(size) for size in world.split(",")]
+    names, plans = ([name for name in text.split(",") if name] for text in (objectives, layouts))
+    results = check.run(sizes, names, plans, steps, quick)
     if results is None:
         return
     out.print(check.table(results))
+    for line in check.left_out(case for size in sizes for case in check.cases(size, names, plans)):
+        out.print(line)
     if output:
         Path(output).write_text(check.markdown(results), encoding="utf-8")
     if not all(result.passed for result in results):

@@ -155,11 +155,6 @@ class RunConfig(_Section):
                 f"the generator of {objective.name} has {heads} of the model's {self.model.heads} heads, not divisible by "
                 f"parallel.tensor {self.parallel.tensor}: raise objective.generator_size, or lower parallel.tensor"
             )
-        if objective.generator and self.parallel.pipeline > 1:
-            yield (
-                f"objective {objective.name} trains two networks and does not run with parallel.pipeline "
-                f"{self.parallel.pipeline}: set it to 1"
-            )
 
     def _check_layout(self, world: int) -> Iterator[str]:
         p, m, b = self.parallel, self.model, self.batch

@@ -122,8 +122,10 @@ class Head:
 class Readout(Protocol):
     """The model's answers for one micro-batch. Hides tensor parallelism from the objective."""
 
-    tokens: Tensor
-    """What the model read: the inputs of the batch, unless a generator has filled them."""
+    @property
+    def tokens(self) -> Tensor:
+        """What the model read: the inputs of the batch, unless a generator has filled them."""
+        ...
 
     def nll(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
         """Negative log-likelihood (nats, fp32 [B, S]); computed where the weight is not 0, and 0 elsewhere."""

@@ -1,54 +1,178 @@
-"""The same model in plain PyTorch: one process, dense masks, no DeepSpeed and no megatron-core.
+"""The same models in plain PyTorch: one process, dense masks, no DeepSpeed and no megatron-core.
 
 What every layout is measured against, so it is written to be checked by eye: a dictionary of weights under their logical
-names, the equations in order, torch's own AdamW.
+names, the equations in order, torch's own AdamW. Only the objectives' own losses are shared with the engines, which know no
+layout, and the noise that a generator's samples are drawn with.
 
-Shape suffixes: B rows, S positions, H hidden, N heads, G key heads, D head size, V vocabulary.
+Shape suffixes: B rows, S positions, H hidden, N heads, G key heads, D head size, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_pretrain.core.batch import Batch
+from ds_pretrain.core.batch import Batch, Head
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.models.heads import gumbel, row_keys
+from ds_pretrain.objectives import Objective
 
 Weights = Mapping[str, Tensor]
 
 
-def logits(w: Weights, m: ModelConfig, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of every position."""
-    x = w["word.weight"][batch.inputs]
+@dataclass(frozen=True)
+class Answers:
+    """A `Readout` that holds everything whole. hidden: [B, S, H] after the last norm; name: of the head's weights;
+    generated: the answers of the generator that wrote the tokens."""
+
+    w: Weights
+    model: ModelConfig
+    hidden: Tensor
+    tokens: Tensor
+    classes: Mapping[str, Head]
+    name: str = "head"
+    generated: Answers | None = None
+
+    def logits(self) -> Tensor:
+        """[B, S, V]"""
+        if self.generated is not None:
+            return self.generated.logits()
+        x, transform = self.hidden, f"{self.name}.dense.weight" in self.w
+        if transform:
+            dense = _activate(self.model, _linear(self.w, f"{self.name}.dense", x))
+            x = _norm(self.w, self.model, f"{self.name}.dense_norm", dense)
+        out = F.linear(x, self.w["output.weight" if "output.weight" in self.w else "word.weight"])
+        return out + self.w[f"{self.name}.output_bias.bias"] if transform else out
+
+    def scores(self, head: str) -> Tensor:
+        """[B, S, V or C]"""
+        if head not in self.classes:
+            return self.logits()
+        return _linear(self.w, f"{self.name}.classifiers.{head}.out", self._dense(head))
+
+    def nll(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
+        asked = labels.masked_fill(weights == 0, 0).flatten()
+        found = F.cross_entropy(self.scores(head).flatten(0, 1).float(), asked, reduction="none")
+        return found.view_as(weights).masked_fill(weights == 0, 0.0)
+
+    def correct(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
+        return (self.scores(head).argmax(-1) == labels) & (weights != 0)
+
+    def states(self) -> Tensor:
+        return self.hidden
+
+    def embed(self, head: str, chosen: Tensor) -> Tensor:
+        return self._dense(head)[chosen]
+
+    def _dense(self, head: str) -> Tensor:
+        x = _linear(self.w, f"{self.name}.classifiers.{head}.dense", self.hidden)
+        return torch.tanh(x) if self.classes[head].activation == "tanh" else F.gelu(x)
+
+
+class Alone:
+    """A `Comm` without others."""
+
+    def gather(self, x: Tensor) -> tuple[Tensor, int]:
+        return x, 0
+
+
+def answers(w: Weights, m: ModelConfig, objective: Objective, batch: Batch) -> Answers:
+    """Everything the model says about a batch."""
+    classes = {head.name: head for head in objective.heads if head.classes is not None}
+    if objective.generator is None:
+        return Answers(w, m, _states(w, m, "", _embed(w, m, batch.inputs, batch), batch), batch.inputs, classes)
+    head, share = objective.generator
+    small, x = m.narrower(share), _linear(w, "generator.embed.dense", _embed(w, m, batch.inputs, batch))
+    generated = Answers(w, small, _states(w, small, "generator.", x, batch), batch.inputs, {}, "generator.head")
+    chosen = batch.targets[head].weights != 0
+    noise = gumbel(row_keys(batch.inputs)[chosen], 0, m.vocab_size)
+    tokens = batch.inputs.masked_scatter(chosen, (generated.logits().detach().float()[chosen] + noise).argmax(-1))
+    return Answers(w, m, _states(w, m, "", _embed(w, m, tokens, batch), batch), tokens, classes, generated=generated)
+
+
+def loss(w: Weights, m: ModelConfig, objective: Objective, batches: Sequence[Batch]) -> Tensor:
+    """One step's loss: for each head the sum over all rows, divided once by its total or its group's, times its factor."""
+    found = [objective.loss(answers(w, m, objective, batch), batch, Alone()) for batch in batches]
+    parts = []
+    for head in objective.heads:
+        together = [other.name for other in objective.heads if other is head or (head.group and other.group == head.group)]
+        total = sum(batch.targets[name].total for batch in batches for name in together)
+        parts.append(head.coefficient * torch.stack([sums[head.name] for sums in found]).sum() / (total or 1))
+    return torch.stack(parts).sum()
+
+
+def parameter_shapes(m: ModelConfig, objective: Objective) -> dict[str, tuple[int, ...]]:
+    """Logical names and whole shapes, written out independently of the modules that the engines build."""
+    v, h = m.vocab_size, m.hidden
+    shapes: dict[str, tuple[int, ...]] = {"word.weight": (v, h)}
+    shapes |= {"embed.position.weight": (m.positions or 0, h)} if m.position == "learned" else {}
+    shapes |= {"embed.types.weight": (m.token_types, h)} if m.token_types else {}
+    shapes |= dict(_with_bias("embed.norm", (h,), m.norm == "layernorm")) if m.norm_position == "post" else {}
+    shapes |= dict(_layers(m, ""))
+    words = any(head.classes is None for head in objective.heads)
+    for head in objective.heads:
+        if head.classes is not None:
+            shapes |= dict(_with_bias(f"head.classifiers.{head.name}.dense", (h, h), True))
+            shapes |= dict(_with_bias(f"head.classifiers.{head.name}.out", (head.classes, h), True)) if head.classes else {}
+    if objective.generator is None:
+        shapes |= dict(_vocabulary_head(m, "head", h)) if words and m.head_transform else {}
+        return shapes if m.tie_embeddings or not words else {**shapes, "output.weight": (v, h)}
+    small = m.narrower(objective.generator[1])
+    shapes |= dict(_with_bias("generator.embed.dense", (small.hidden, h), True))
+    return shapes | dict(_layers(small, "generator.")) | dict(_vocabulary_head(small, "generator.head", h))
+
+
+Named = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _layers(m: ModelConfig, prefix: str) -> Named:
+    h, f = m.hidden, m.ffn_width
+    post, up = m.norm_position == "post", f * (2 if m.activation == "swiglu" else 1)
+    matrices = {
+        "self_attention.linear_qkv": (h + 2 * m.groups * m.head_dim, h),
+        "self_attention.linear_proj": (h, h),
+        "mlp.linear_fc1": (up, h),
+        "mlp.linear_fc2": (h, f),
+    }
+    for layer in range(m.layers):
+        for name, shape in matrices.items():
+            yield from _with_bias(f"{prefix}layers.{layer}.{name}", shape, m.bias)
+        for name in ("pre_cross_attn_layernorm", "output_norm") if post else ("input_layernorm", "pre_mlp_layernorm"):
+            yield from _with_bias(f"{prefix}layers.{layer}.{name}", (h,), m.norm == "layernorm")
+    if not post:
+        yield from _with_bias(f"{prefix}head.final_norm", (h,), m.norm == "layernorm")
+
+
+def _vocabulary_head(m: ModelConfig, name: str, width: int) -> Named:
+    yield from _with_bias(f"{name}.dense", (width, m.hidden), True)
+    yield from _with_bias(f"{name}.dense_norm", (width,), m.norm == "layernorm")
+    yield f"{name}.output_bias.bias", (m.vocab_size,)
+
+
+def _with_bias(name: str, shape: tuple[int, ...], bias: bool) -> Named:
+    yield f"{name}.weight", shape
+    if bias:
+        yield f"{name}.bias", shape[:1]
+
+
+def _embed(w: Weights, m: ModelConfig, tokens: Tensor, batch: Batch) -> Tensor:
+    x = w["word.weight"][tokens]
     if m.position == "learned":
         x = x + w["embed.position.weight"][batch.position]
     if m.token_types:
-        x = x + w["embed.types.weight"][batch.token_type if batch.token_type is not None else torch.zeros_like(batch.inputs)]
-    if m.norm_position == "post":
-        x = _norm(w, m, "embed.norm", x)
+        x = x + w["embed.types.weight"][torch.zeros_like(tokens) if batch.token_type is None else batch.token_type]
+    return _norm(w, m, "embed.norm", x) if m.norm_position == "post" else x
+
+
+def _states(w: Weights, m: ModelConfig, prefix: str, x: Tensor, batch: Batch) -> Tensor:
     mask = batch.attention.dense()[:, None]
     for layer in range(m.layers):
-        x = _block(w, m, f"layers.{layer}", x, mask, batch.position)
-    if m.norm_position == "pre":
-        x = _norm(w, m, "head.final_norm", x)
-    if m.head_transform:
-        x = _norm(w, m, "head.dense_norm", _activate(m, _linear(w, "head.dense", x)))
-    out = F.linear(x, w["word.weight" if m.tie_embeddings else "output.weight"])
-    return out + w["head.output_bias.bias"] if m.head_transform else out
-
-
-def loss(w: Weights, m: ModelConfig, batches: Sequence[Batch], head: str) -> Tensor:
-    """One step's loss: weighted nll summed over all rows, divided once."""
-    total = sum(batch.targets[head].total for batch in batches)
-    parts = []
-    for batch in batches:
-        target = batch.targets[head]
-        nll = F.cross_entropy(logits(w, m, batch).flatten(0, 1), target.labels.flatten(), reduction="none")
-        parts.append((nll * target.weights.flatten()).sum())
-    return torch.stack(parts).sum() / total
+        x = _block(w, m, f"{prefix}layers.{layer}", x, mask, batch.position)
+    return _norm(w, m, f"{prefix}head.final_norm", x) if m.norm_position == "pre" else x
 
 
 def _block(w: Weights, m: ModelConfig, name: str, x: Tensor, mask: Tensor, position: Tensor) -> Tensor:

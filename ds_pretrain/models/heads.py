@@ -132,14 +132,13 @@ def mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answers:
-    """One micro-batch's `Readout`. hidden: [B, S, H] before the final norm; tokens: [B, S], what was read. generated: the
-    answers of the generator that filled them, which then speaks for the vocabulary."""
+    """One micro-batch's `Readout`. hidden: [B, S, H] before the final norm; tokens: [B, S], what was read. Where a generator
+    filled them, it speaks for the vocabulary elsewhere, and its head is answered with zeros here."""
 
     head: Head
     hidden: Tensor
     tokens: Tensor
     vocabulary: Any = None
-    generated: Answers | None = None
 
     def attach(self, vocabulary: nn.Module) -> Answers:
         """The same answers with the output matrix they project on."""
@@ -152,8 +151,8 @@ class Answers:
         chosen = weights != 0
         if self._classifies(head):
             losses = F.cross_entropy(self._classes(head, chosen).float(), labels[chosen], reduction="none")
-        elif self.generated is not None:
-            return self.generated.nll(head, labels, weights)
+        elif self.vocabulary is None:
+            return torch.zeros_like(weights, dtype=torch.float32)
         else:
             losses = cross_entropy.nll(self._logits(chosen), labels[chosen])
         return torch.zeros_like(weights, dtype=torch.float32).masked_scatter(chosen, losses)
@@ -162,8 +161,8 @@ class Answers:
         chosen = weights != 0
         if self._classifies(head):
             guess = self._classes(head, chosen).argmax(-1)
-        elif self.generated is not None:
-            return self.generated.correct(head, labels, weights)
+        elif self.vocabulary is None:
+            return torch.zeros_like(chosen)
         else:
             logits = self._logits(chosen)
             guess = cross_entropy.argmax(logits, self.head.first_id(logits), self.head.build.mesh.tensor_group)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -225,6 +225,42 @@ class Narrow(nn.Module):
         return stream._replace(hidden=self.dense(stream.hidden))
 
 
+class Generator(nn.Module):
+    """First layer of two networks: a narrower one with the same embeddings, and the word embedding as output matrix, fills the
+    positions that its head scores; then the tokens are embedded for the model. (planes, labels, weights) -> Stream.
+
+    It is one layer, so that its answers never leave the first stage. What they cost is told there: `tell` gets them with
+    the labels and weights, and hands back the hidden states with the gradient of that cost tied to them. The price: the
+    first stage of a pipeline has the generator's work on top of its share of layers.
+    """
+
+    tell: Callable[[Answers, Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        small = build.small
+        self.word, self.embed, self.narrow = Word(build), Embed(build), Narrow(build)
+        self.layers = nn.ModuleList(Block(small, index, "generator.layers") for index in range(small.model.layers))
+        self.head = Head(small, "generator.head")
+
+    def forward(self, x: tuple[Tensor, ...], tell: Callable[..., Tensor] | None = None) -> Stream:
+        tokens, position, segment, horizon, *asked = x
+        planes = (position, segment, horizon)
+        if not asked:
+            return self.embed(self.word((tokens, *planes)))
+        labels, weights = asked
+        answers = self._answers((tokens, *planes))
+        stream: Stream = self.embed(self.word((answers.fill(weights != 0), *planes)))
+        tell = tell or self.tell
+        return stream if tell is None else stream._replace(hidden=tell(answers, labels, weights, stream.hidden))
+
+    def _answers(self, planes: tuple[Tensor, ...]) -> Answers:
+        x = self.narrow(self.embed(self.word(planes)))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).attach(self.word)
+
+
 class Output(Vocabulary):
     """Last layer where the output matrix is not tied: hands its own matrix to the answers."""
 
@@ -283,11 +319,10 @@ class LayerSpec:
 
 def layer_list(build: Build) -> list[LayerSpec]:
     """The whole model as a list, in order; `tied` entries of one name share one module."""
-    shared = build.generator is not None
-    tied = "word" if shared or (build.model.tie_embeddings and build.predicts_words) else None
+    tied = "word" if build.model.tie_embeddings and build.predicts_words else None
+    first = [LayerSpec(Word, (build,), tied), LayerSpec(Embed, (build,))]
     layers = [
-        LayerSpec(Word, (build,), tied),
-        LayerSpec(Embed, (build,), "embed" if shared else None),
+        *(first if build.generator is None else [LayerSpec(Generator, (build,))]),
         *(LayerSpec(Block, (build, index)) for index in range(build.model.layers)),
         LayerSpec(Head, (build,)),
     ]
@@ -296,62 +331,41 @@ def layer_list(build: Build) -> list[LayerSpec]:
     return [*layers, LayerSpec(Word, (build,), tied, attach_tied) if tied else LayerSpec(Output, (build,))]
 
 
-def generator_list(build: Build) -> list[LayerSpec]:
-    """The generator in front of the model: the same embeddings, narrower layers, the word embedding as output matrix."""
-    small = build.small
-    return [
-        LayerSpec(Word, (build,), "word"),
-        LayerSpec(Embed, (build,), "embed"),
-        LayerSpec(Narrow, (build,)),
-        *(LayerSpec(Block, (small, index, "generator.layers")) for index in range(small.model.layers)),
-        LayerSpec(Head, (small, "generator.head")),
-        LayerSpec(Word, (build,), "word", attach_tied),
-    ]
-
-
 class Network(nn.Module):
-    """The list on one pipeline stage, for the engine without a pipeline and for inference; a generator's before it."""
+    """The list on one pipeline stage, for the engine without a pipeline and for inference."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.layers = nn.ModuleList()
-        self.filled = build.generator[0] if build.generator else None
+        self.build, self.layers = build, nn.ModuleList()
+        self.steps: list[Callable[[Any], Any]] = []
         shared: dict[str, nn.Module] = {}
-        self.generate = self._make(generator_list(build) if build.generator else [], shared)
-        self.steps = self._make(layer_list(build), shared)
-        prepare_parameters(self, build)
-
-    def _make(self, specs: Sequence[LayerSpec], shared: dict[str, nn.Module]) -> list[Callable[[Any], Any]]:
-        steps: list[Callable[[Any], Any]] = []
-        for spec in specs:
+        for spec in layer_list(build):
             module = shared.get(spec.tied or "") or spec.cls(*spec.args)
             if spec.tied:
                 shared[spec.tied] = module
-            steps.append(functools.partial(spec.use, module) if spec.use else module)
+            self.steps.append(functools.partial(spec.use, module) if spec.use else module)
             if module not in set(self.layers):
                 self.layers.append(module)
-        return steps
+        prepare_parameters(self, build)
 
     def forward(self, batch: Batch, criterion: Callable[[Answers, Batch], Any]) -> Any:
-        """What `criterion` makes of the answers; called inside, so that sharded parameters are there for the heads."""
-        planes, generated = first_inputs(batch), None
-        if self.filled is not None and self.filled in batch.targets:
-            generated = _through(self.generate, planes)
-            planes = (generated.fill(batch.targets[self.filled].weights != 0), *planes[1:])
-        answers: Answers = _through(self.steps, planes)
-        return criterion(replace(answers, generated=generated), batch)
+        """What `criterion` makes of the answers; called inside, so that sharded parameters are there for the heads. One that
+        can hear what a generator's answers cost has `generated` for it."""
+        first, *others = self.steps
+        told = {"tell": getattr(criterion, "generated", None)} if self.build.generator else {}
+        x = first(first_inputs(batch, self.build), **told)
+        for step in others:
+            x = step(x)
+        return criterion(x, batch)
 
 
-def _through(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
-    for step in steps:
-        x = step(x)
-    return x
-
-
-def first_inputs(batch: Batch) -> tuple[Tensor, ...]:
-    """The integer planes that enter the first layer, int64 [B, S] each."""
+def first_inputs(batch: Batch, build: Build) -> tuple[Tensor, ...]:
+    """What enters the first layer: integer planes, int64 [B, S] each, and what a generator is asked."""
     planes = (batch.inputs, batch.position, batch.attention.segment, batch.attention.horizon)
-    return planes if batch.token_type is None else (*planes, batch.token_type)
+    if build.generator is None:
+        return planes if batch.token_type is None else (*planes, batch.token_type)
+    asked = batch.targets.get(build.generator[0])
+    return planes if asked is None else (*planes, asked.labels, asked.weights)
 
 
 def prepare_parameters(module: nn.Module, build: Build) -> None:

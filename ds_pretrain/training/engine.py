@@ -14,7 +14,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -80,6 +80,8 @@ class Criterion:
     sums: dict[str, Tensor] = field(default_factory=dict)
     tallies: dict[str, Tensor] = field(default_factory=dict)
     tally: bool = False
+    unit: Callable[[], float] = lambda: 1.0
+    """What the engine makes of a gradient of 1 on its way to the layers."""
 
     def start(self, totals: Mapping[str, float], tally: bool = False) -> None:
         self.totals, self.tally, self.sums, self.tallies = totals, tally, {}, {}
@@ -92,6 +94,33 @@ class Criterion:
             for name, count in self.objective.tallies(read, batch, self.comm).items():
                 self.tallies[name] = self.tallies.get(name, 0) + count.double()
         return step_loss(sums, self.totals, self.objective.heads, self.scale)
+
+    def generated(self, read: Readout, labels: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
+        """Hear a generator's answers, which the objective's other heads do not see: their sums are kept, and the gradient of
+        their loss is tied to `hidden`, whose own gradient comes back through the same backward pass."""
+        assert self.objective.generator is not None
+        name = self.objective.generator[0]
+        (head,) = (h for h in self.objective.heads if h.name == name)
+        summed = (read.nll(name, labels, weights) * weights).sum()
+        self.sums[name] = self.sums.get(name, 0) + summed.detach().double()
+        if self.tally:
+            key = f"{name}/correct"
+            self.tallies[key] = self.tallies.get(key, 0) + read.correct(name, labels, weights).sum().double()
+        loss = step_loss({name: summed}, self.totals, (head,), self.scale)
+        return _Tied.apply(hidden, loss * self.unit())
+
+
+class _Tied(torch.autograd.Function):
+    """Hidden states as they are; going back, the loss beside them gets a gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        return gradient, gradient.new_ones((), dtype=torch.float32)
 
 
 class Model(ABC):
@@ -116,8 +145,8 @@ class Model(ABC):
             with torch.no_grad():
                 self._evaluate(some)
         totals = self._global({head.name: counts[head.name] for head in self.objective.heads})
-        sums = self._global(self._measured(self.criterion.sums, totals))
-        tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied))
+        sums = self._global(self._measured(self.criterion.sums, totals), every_stage=True)
+        tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied), every_stage=True)
         self.criterion.start({})
         return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, tallies)
 
@@ -126,9 +155,10 @@ class Model(ABC):
         """What the criterion kept, 0 on the stages where it did not run."""
         return {name: float(values.get(name, 0.0)) for name in names}
 
-    def _global(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum numbers over the job, each data rank counted once (its last stage, first tensor rank)."""
-        speaks = self.mesh.last_stage and self.mesh.at.tensor == 0
+    def _global(self, values: Mapping[str, float], every_stage: bool = False) -> dict[str, float]:
+        """Sum numbers over the job, each data rank counted once (its last stage, first tensor rank), or each of its stages,
+        where they hold parts."""
+        speaks = (self.mesh.last_stage or every_stage) and self.mesh.at.tensor == 0
         local = torch.tensor([v if speaks else 0.0 for v in values.values()], dtype=torch.float64, device=self.mesh.device)
         return dict(zip(values, self.mesh.sum(local).tolist(), strict=True))
 
@@ -148,6 +178,7 @@ class Engine(Model):
         with quiet_stdout():
             self.deepspeed = self._start(optimizer, deepspeed)
         self.stage = self.deepspeed.zero_optimization_stage()
+        self.criterion.unit = lambda: self._loss_scale / deepspeed["gradient_accumulation_steps"]
 
     @property
     def module(self) -> nn.Module:
@@ -157,6 +188,11 @@ class Engine(Model):
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer underneath DeepSpeed's."""
         return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+
+    @property
+    def _loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by before it goes back (fp16); 1 elsewhere."""
+        return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
 
     @property
     def scaler(self) -> Any:
@@ -183,7 +219,7 @@ class Engine(Model):
         tokens = int(totals.pop("tokens"))
         self.criterion.start(totals)
         norm = self._train(batches)
-        sums = self._global(self._measured(self.criterion.sums, totals))
+        sums = self._global(self._measured(self.criterion.sums, totals), every_stage=True)
         loss = weighted_mean(sums, totals, self.objective.heads)
         return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps, tokens)
 
@@ -245,11 +281,6 @@ def create_engine(build: Build, objective: Objective, optimizer: OptimizerConfig
     """The engine that the plan asks for. deepspeed: a resolved DeepSpeed JSON, without "auto"."""
     from ds_pretrain.training.pipeline import PipelineEngine
 
-    if build.generator and build.mesh.plan.pipeline > 1:
-        raise ValueError(
-            f"{objective.name} trains two networks and does not run on {build.mesh.plan.pipeline} pipeline stages: set "
-            "parallel.pipeline=1"
-        )
     kind = PipelineEngine if build.mesh.plan.pipeline > 1 else PlainEngine
     return kind(build, objective, optimizer, deepspeed, seed)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_pretrain.core.batch import Batch
-from ds_pretrain.models.transformer import Build, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
+from ds_pretrain.models.transformer import Build, Generator, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.engine import Engine
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
@@ -23,17 +23,20 @@ class PipelineEngine(Engine):
         import deepspeed
 
         module = pipeline_module(self.build, self.criterion)
+        for layer in module.modules():
+            if isinstance(layer, Generator):
+                layer.tell = self.criterion.generated
         prepare_parameters(module, self.build)
         initialise(module, self.build, self.seed)
         torch_optimizer = adamw(optimizer, module, offloads(config))
         return deepspeed.initialize(model=module, optimizer=torch_optimizer, config=config)[0]
 
     def _train(self, batches: Sequence[Batch]) -> float | None:
-        self.deepspeed.train_batch(iter([(first_inputs(batch), batch) for batch in batches]))
+        self.deepspeed.train_batch(iter([(first_inputs(batch, self.build), batch) for batch in batches]))
         return self._norm()
 
     def _evaluate(self, batches: Sequence[Batch]) -> None:
-        feed = iter([(first_inputs(batch), batch) for batch in batches])
+        feed = iter([(first_inputs(batch, self.build), batch) for batch in batches])
         self.deepspeed.eval_batch(feed, bcast_loss=False, reduce_output=None, num_micro_batches=len(batches))
         self.deepspeed.train()
 

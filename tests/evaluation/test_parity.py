@@ -1,38 +1,78 @@
-"""The claim: any layout is the same computation. The whole table, on real gloo ranks started once per world size."""
+"""The claim: any objective under any layout is the same computation. One case of each cell, on real gloo ranks."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 
 from ds_pretrain.evaluation import parity
-from ds_pretrain.evaluation.parity import Case, Result, cases, compare, markdown, model_for, parameter_shapes, run, table
-from ds_pretrain.models.transformer import Build, Network
+from ds_pretrain.evaluation.parity import Case, Result, cases, compare, left_out, markdown, model_for, objective_for, plans, run
+from ds_pretrain.evaluation.parity import table as drawn
+from ds_pretrain.evaluation.reference import parameter_shapes
+from ds_pretrain.models.transformer import Network
+from ds_pretrain.objectives import REGISTRY
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.shards import shards
+from ds_pretrain.training.engine import build_for
 
 STEPS = 20
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_layout_trains_the_reference(world):
-    results = run([world], ["clm", "mlm"], STEPS)
-    assert len(results) == {1: 16, 2: 52, 4: 24}[world]
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_objective_under_every_layout_trains_the_reference(world):
+    results = run([world], steps=STEPS, quick=True)
+    cells = Counter((r.case.objective, r.case.layout) for r in results)
+    legal = {(case.objective, case.layout) for case in cases(world) if case.illegal is None}
+    assert set(cells) == legal and {name for name, _ in cells} == set(REGISTRY)
     failed = [r for r in results if not r.passed]
     assert not failed, markdown(failed)
-    print(markdown(results))
 
 
-def test_the_table_names_every_layout_of_the_issue():
-    found = {case.layout for world in (1, 2, 4) for case in cases(world, ["clm"])}
-    assert found == {"1", "DP2", "TP2", "TP2+SP", "PP2", "TP2xPP2", "TP2xDP2", "PP2xDP2"}
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_two_objectives_under_every_setting(world):
+    """Each of all stages, accumulations and recomputation, in fp32."""
+    todo = [case for case in cases(world, ["clm", "mlm"]) if case.illegal is None and case.precision == "fp32"]
+    results = parity.spawn(world, parity.run_cases, todo, 5)
+    assert not [r for r in results if not r.passed], markdown(results)
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_the_table_names_every_layout():
+    found = {case.layout for world in (1, 2, 4, 8) for case in cases(world, ["clm"])}
+    assert found >= {"1", "DP2", "TP2", "TP2+SP", "PP2", "TP2xPP2", "TP2xDP2", "PP2xDP2", "TP2xPP2xDP2", "TP2xPP2+SPxDP2"}
+
+
+def test_a_few_cells_use_every_setting():
+    chosen = [case for world in (1, 2, 4, 8) for case in parity.thinned(cases(world))]
+    for axis in ("stage", "accumulation", "recompute", "precision"):
+        assert {getattr(case, axis) for case in chosen} == {getattr(case, axis) for case in cases(1, ["clm"])}, axis
+
+
+@pytest.mark.parametrize("objective", REGISTRY)
 def test_the_reference_and_the_engine_have_the_same_parameters(mesh, objective):
-    shape = model_for(objective)
-    network = Network(Build(shape, mesh, "mixed", parity.SEQ_LEN))
-    assert {s.name: s.shape for s, _ in shards(network, 0, 1)} == parameter_shapes(shape)
+    made, shape = objective_for(objective), model_for(objective)
+    network = Network(build_for(made, shape, mesh, parity.SEQ_LEN))
+    assert {s.name: s.shape for s, _ in shards(network, 0, 1)} == parameter_shapes(shape, made)
+
+
+def test_every_cell_that_is_left_out_has_a_reason():
+    told = left_out(cases(4))
+    assert sum(int(line.split()[0]) for line in told) == sum(case.illegal is not None for case in cases(4))
+    assert any("bf16 with ZeRO stage 0" in line for line in told) and any("electra: two networks" in line for line in told)
+
+
+def test_an_unknown_name_is_told_with_the_nearest_one():
+    with pytest.raises(ValueError, match="did you mean 'simcse'"):
+        run([1], ["simsce"])
+    with pytest.raises(ValueError, match=r"did you mean 'TP2\+SP'"):
+        run([2], [], ["TP2SP"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_rows_can_be_dealt_out_on_any_world(world):
+    for case in cases(world, ["clm"]):
+        assert case.rows % (case.plan.data(world) * case.accumulation) == 0
+    assert ParallelPlan() in plans(world)
 
 
 def test_a_wrong_gradient_or_loss_fails_the_case():
@@ -43,6 +83,7 @@ def test_a_wrong_gradient_or_loss_fails_the_case():
     wrong = compare(case, [1.0], {**truth, "b": torch.ones(4) * (1 + 2e-5)}, [1.0], truth)
     assert not wrong.passed and wrong.worst == "b"
     assert not compare(case, [1.0], {"a": truth["a"]}, [1.0], truth).passed
+    assert not compare(case, [float("nan")], truth, [1.0], truth).passed
 
 
 def test_losing_the_global_divisor_is_seen(mesh, monkeypatch):
@@ -55,11 +96,11 @@ def test_losing_the_global_divisor_is_seen(mesh, monkeypatch):
 
     monkeypatch.setattr(engine, "step_loss", mean_of_means)
     case = Case("mlm", ParallelPlan(), 1, 1, 4)
-    assert not compare(case, *parity.observed(case, 3), *parity.expected("mlm", 3)).passed
+    assert not compare(case, *parity.observed(case, 3), *parity.expected("mlm", case.rows, 3)).passed
 
 
 def test_results_are_rendered():
     good = Result(Case("clm", ParallelPlan(tensor=2), 4, 1, 1), 1e-8, 1e-7, "word.weight")
     bad = dataclasses.replace(good, loss_error=1.0)
-    assert "1 of 2 cases pass" in str(table([good, bad]).caption)
-    assert "| clm | TP2xDP2 | 1 | 1 | 1.0e-08 | 1.0e-07 | word.weight | yes |" in markdown([good])
+    assert "1 of 2 cases pass" in str(drawn([good, bad]).caption)
+    assert "| clm | TP2xDP2 | fp32 | 1 | 1 | no | 1.0e-08 | 1.0e-07 | word.weight | yes |" in markdown([good])
