@@ -88,9 +88,6 @@ class Case:
     @property
     def illegal(self) -> str | None:
         """Why there is no such run."""
-        objective = objective_for(self.objective)
-        if objective.pooled and self.accumulation > 1:
-            return "a pool of negatives is one micro-batch: more accumulation is another objective"
         refused = next(deepspeed_json.problems(self.deepspeed, self.plan.pipeline), None)
         return refused and refused.split(":")[0].replace(f"parallel.pipeline {self.plan.pipeline}", "a pipeline")
 

@@ -130,6 +130,10 @@ class Composite(Objective):
         return max(c.objective.shortest + (self.eod and not c.objective.eod) for c in self.components)
 
     @property
+    def pooled(self) -> bool:  # type: ignore[override]
+        return any(component.objective.pooled for component in self.components)
+
+    @property
     def packed(self) -> bool:  # type: ignore[override]
         return all(component.objective.packed for component in self.components)
 

@@ -33,6 +33,7 @@ from ds_pretrain.parallel.mesh import Mesh, Mpu
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.metrics import real_tokens
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
+from ds_pretrain.training.pool import Pool
 
 AT_ONCE = 32
 """Micro-batches of an evaluation in memory at a time."""
@@ -82,18 +83,27 @@ class Criterion:
     tally: bool = False
     unit: Callable[[], float] = lambda: 1.0
     """What the engine makes of a gradient of 1 on its way to the layers."""
+    pool: Pool | None = None
+    """The pool of a step whose micro-batches are walked twice."""
 
     def start(self, totals: Mapping[str, float], tally: bool = False) -> None:
         self.totals, self.tally, self.sums, self.tallies = totals, tally, {}, {}
 
     def __call__(self, read: Readout, batch: Batch) -> Tensor:
-        sums = self.objective.loss(read, batch, self.comm)
+        if self.pool and not torch.is_grad_enabled():
+            self.pool.look(read, batch)
+            return torch.zeros(())
+        if self.pool:
+            sums, loss = self.pool.answer(read, batch, self.totals, self.scale)
+        else:
+            sums = self.objective.loss(read, batch, self.comm)
+            loss = step_loss(sums, self.totals, self.objective.heads, self.scale)
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         if self.tally:
             for name, count in self.objective.tallies(read, batch, self.comm).items():
                 self.tallies[name] = self.tallies.get(name, 0) + count.double()
-        return step_loss(sums, self.totals, self.objective.heads, self.scale)
+        return loss
 
     def generated(self, read: Readout, labels: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
         """Hear a generator's answers, which the objective's other heads do not see: their sums are kept, and the gradient of
@@ -163,7 +173,7 @@ class Model(ABC):
         return dict(zip(values, self.mesh.sum(local).tolist(), strict=True))
 
     @abstractmethod
-    def _evaluate(self, batches: Sequence[Batch]) -> None: ...
+    def _evaluate(self, batches: Sequence[Batch], dropout: bool = False) -> None: ...
 
 
 class Engine(Model):
@@ -218,10 +228,22 @@ class Engine(Model):
         batches = [to_device(batch, self.mesh.device) for batch in batches]
         tokens = int(totals.pop("tokens"))
         self.criterion.start(totals)
+        if self.objective.pooled and len(batches) > 1:
+            self._look(batches, number)
         norm = self._train(batches)
+        self.criterion.pool = None
         sums = self._global(self._measured(self.criterion.sums, totals), every_stage=True)
         loss = weighted_mean(sums, totals, self.objective.heads)
         return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps, tokens)
+
+    def _look(self, batches: Sequence[Batch], number: int) -> None:
+        """The first of two walks over the step; the second one draws the same dropout."""
+        self.criterion.pool = pool = Pool.empty(self.objective)
+        with torch.no_grad():
+            self._evaluate(batches, dropout=True)
+        if self.mesh.last_stage:
+            pool.close(self.criterion.totals, self.criterion.scale, self.criterion.comm)
+        self.mesh.seed(self.seed, number)
 
     def compile(self) -> None:
         """Compile each transformer layer on its own, so that one graph serves them all."""
@@ -260,8 +282,8 @@ class PlainEngine(Engine):
             self.deepspeed.step()
         return norm if self.stage == 0 else self._norm()
 
-    def _evaluate(self, batches: Sequence[Batch]) -> None:
-        self.deepspeed.eval()
+    def _evaluate(self, batches: Sequence[Batch], dropout: bool = False) -> None:
+        self.deepspeed.train(dropout)
         for batch in batches:
             self.deepspeed(batch, self.criterion)
         self.deepspeed.train()

@@ -91,7 +91,7 @@ class FrozenModel(Model):
         initialise(other.network, self.build, 0)
         return other
 
-    def _evaluate(self, batches: Sequence[Batch]) -> None:
+    def _evaluate(self, batches: Sequence[Batch], dropout: bool = False) -> None:
         for batch in batches:
             self.network(to_device(batch, self.mesh.device), self.criterion)
 

@@ -35,9 +35,13 @@ class PipelineEngine(Engine):
         self.deepspeed.train_batch(iter([(first_inputs(batch, self.build), batch) for batch in batches]))
         return self._norm()
 
-    def _evaluate(self, batches: Sequence[Batch]) -> None:
+    def _evaluate(self, batches: Sequence[Batch], dropout: bool = False) -> None:
+        module = self.deepspeed.module
+        if dropout:
+            module.eval = lambda: module  # DeepSpeed turns dropout off through it
         feed = iter([(first_inputs(batch, self.build), batch) for batch in batches])
         self.deepspeed.eval_batch(feed, bcast_loss=False, reduce_output=None, num_micro_batches=len(batches))
+        vars(module).pop("eval", None)
         self.deepspeed.train()
 
 

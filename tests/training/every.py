@@ -32,7 +32,7 @@ def first_rows(data, count):
     return data.rows(Cursor(), count)[0]
 
 
-def engine_for(objective, micro, accumulation, stage=0, plan=ParallelPlan(), seed=1):
+def engine_for(objective, micro, accumulation, stage=0, plan=ParallelPlan(), seed=1, dropout=0.0):
     mesh = Mesh.build(plan)
     config = {
         "train_batch_size": micro * accumulation * mesh.data_size,
@@ -43,7 +43,7 @@ def engine_for(objective, micro, accumulation, stage=0, plan=ParallelPlan(), see
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
-    build = build_for(objective, model_for(objective), mesh, SEQ)
+    build = build_for(objective, model_for(objective).model_copy(update={"dropout": dropout}), mesh, SEQ)
     return create_engine(build, objective, OptimizerConfig(lr=1e-3), config, seed)
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from every import engine_for, first_rows, gradients, samples
 
+from ds_pretrain.data.loader import own_rows
 from ds_pretrain.objectives import REGISTRY, create
+from ds_pretrain.parallel.mesh import Mesh
+from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
-
-POOLED = [name for name in REGISTRY if create(name).pooled]
+from ds_pretrain.training.pool import Pool
 
 
 def one_step(objective, deals):
@@ -24,9 +26,9 @@ def distance(found, true):
     return max(float((found[name] - true[name]).norm()) for name in true) / max(float(true[name].norm()) for name in true)
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in POOLED])
+@pytest.mark.parametrize("name", REGISTRY)
 def test_accumulation_and_micro_batches_change_no_gradient(name):
-    """1, 2 and 8 micro-batches; with 8 the last one has not a single target."""
+    """1, 2 and 8 micro-batches; with 8 the last one has not a single target. A pool of negatives is all of the step."""
     loss, true = one_step(create(name), 1)
     assert all(gradient.isfinite().all() for gradient in true.values())
     for deals in (2, 8):
@@ -35,24 +37,51 @@ def test_accumulation_and_micro_batches_change_no_gradient(name):
         assert distance(found, true) < 1e-6
 
 
-def pooled_step(name):
-    """On the ranks: the same 8 rows in one micro-batch over all of them."""
-    objective = create(name)
+MASKED_VIEW = {"name": "simcse", "mlm_weight": 0.1}
+MIXED = {"name": "mixture", "weights": {"simcse": 0.7, "mlm": 0.3}}
+
+
+def pooled_step(fields, deals, dropout):
+    """On the ranks: the same 8 rows dealt out to them and to micro-batches."""
+    objective = create(**fields)
     data, rows = samples(objective), first_rows(samples(objective), 8)
-    engine = engine_for(objective, 8, 1)
-    mesh, size = engine.mesh, 8 // engine.mesh.data_size
-    engine = engine_for(objective, size, 1)
-    result = engine.step([data.collate(rows[mesh.at.data * size : (mesh.at.data + 1) * size])], 1, 1e-3)
-    return result.loss, gradients(engine)
+    mesh = Mesh.build(ParallelPlan())
+    size = 8 // deals // mesh.data_size
+    engine = engine_for(objective, size, deals, dropout=dropout)
+    mine = own_rows(rows, size, mesh.at.data, mesh.data_size)
+    result = engine.step([data.collate(each) for each in mine], 1, 1e-3)
+    return result.loss, result.sums, gradients(engine)
 
 
-@pytest.mark.parametrize("name", POOLED)
-def test_a_pool_over_two_ranks_is_the_pool_of_one(name):
-    """Unequal numbers of sentences on the two: gathered keys, own columns and gradients are those of one process."""
-    loss, true = spawn(1, pooled_step, name)
-    again, found = spawn(2, pooled_step, name)
-    assert again == pytest.approx(loss, rel=1e-6)
-    assert distance(found, true) < 1e-6
+@pytest.mark.parametrize("fields", [{"name": "simcse"}, MASKED_VIEW, MIXED], ids=["simcse", "masked view", "mixture"])
+def test_a_pool_over_ranks_and_micro_batches_is_the_pool_of_one(fields):
+    """Unequal numbers of sentences: gathered keys, own columns and gradients are those of one process and micro-batch."""
+    loss, sums, true = spawn(1, pooled_step, fields, 1, 0.0)
+    for world, deals in ((1, 4), (2, 1), (2, 2)):
+        again, found_sums, found = spawn(world, pooled_step, fields, deals, 0.0)
+        assert again == pytest.approx(loss, rel=1e-6) and found_sums == pytest.approx(sums, rel=1e-6)
+        assert distance(found, true) < 1e-6
+
+
+def test_both_walks_draw_the_same_dropout():
+    """The second walk's embeddings are those that the pool's gradient was made for; other dropout would move it far."""
+    objective = create("simcse")
+    data, rows = samples(objective), first_rows(samples(objective), 8)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        ask = Pool._ask
+
+        def watching(pool, read, batch):
+            asked, sums = ask(pool, read, batch)
+            seen.append(asked.vectors.detach().clone())
+            return asked, sums
+
+        patch.setattr(Pool, "_ask", watching)
+        engine_for(objective, 2, 4, dropout=0.3).step([data.collate(rows[i : i + 2]) for i in range(0, 8, 2)], 1, 1e-3)
+    assert len(seen) == 8
+    for first, second in zip(seen[:4], seen[4:], strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(seen[0][: len(seen[1])], seen[1][: len(seen[0])])
 
 
 @pytest.mark.parametrize("name", REGISTRY)
