@@ -345,4 +345,4 @@ def _notes(objective: Objective) -> Iterator[str]:
             f"labels of {others} follow from what it wrote, here they are 0"
         )
     if objective.pooled:
-        yield "the loss of an example depends on the other examples of its micro-batch"
+        yield "the loss of an example depends on the other examples of its step"

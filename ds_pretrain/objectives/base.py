@@ -49,7 +49,7 @@ class Objective(ABC):
     """For objectives with a second, smaller network that rewrites the inputs first: the head that it answers, whose scored
     positions it fills, and its width as a share of the model's."""
     pooled: ClassVar[bool] = False
-    """Whether a sample's loss depends on the other samples of its micro-batch (contrastive objectives)."""
+    """Whether a sample's loss depends on the other samples of its step (contrastive objectives)."""
     documents: ClassVar[int] = 1
     """Documents that one example is made from."""
     shortest: ClassVar[int] = 1

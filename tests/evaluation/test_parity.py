@@ -16,14 +16,17 @@ from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.shards import shards
 from ds_pretrain.training.engine import build_for
 
-STEPS = 20
+STEPS = {1: 20, 2: 20, 4: 3, 8: 3}
+"""Eight ranks on two cores take their time; `ds-pretrain parity` does 20 everywhere."""
+OWN = {8: ["TP2xPP2xDP2", "TP2xPP2+SPxDP2"]}
+"""Layouts that need so many ranks."""
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("world", STEPS)
 def test_every_objective_under_every_layout_trains_the_reference(world):
-    results = run([world], steps=STEPS, quick=True)
+    results = run([world], layouts=OWN.get(world, []), steps=STEPS[world], quick=True)
     cells = Counter((r.case.objective, r.case.layout) for r in results)
-    legal = {(case.objective, case.layout) for case in cases(world) if case.illegal is None}
+    legal = {(case.objective, case.layout) for case in cases(world, layouts=OWN.get(world, [])) if case.illegal is None}
     assert set(cells) == legal and {name for name, _ in cells} == set(REGISTRY)
     failed = [r for r in results if not r.passed]
     assert not failed, markdown(failed)
@@ -58,7 +61,9 @@ def test_the_reference_and_the_engine_have_the_same_parameters(mesh, objective):
 def test_every_cell_that_is_left_out_has_a_reason():
     told = left_out(cases(4))
     assert sum(int(line.split()[0]) for line in told) == sum(case.illegal is not None for case in cases(4))
-    assert any("bf16 with ZeRO stage 0" in line for line in told) and any("electra: two networks" in line for line in told)
+    assert any("bf16 with ZeRO stage 0" in line for line in told) and any(
+        "ZeRO stage 2 does not run with a pipeline" in x for x in told
+    )
 
 
 def test_an_unknown_name_is_told_with_the_nearest_one():
