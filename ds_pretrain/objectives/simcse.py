@@ -1,9 +1,10 @@
 """Contrastive sentence embeddings: a sentence should be nearest to itself under another dropout mask.
 
-Both views stand in one row, so dropout differs by position; all other sentences of the step are negatives. loss = -log softmax over cosine / temperature (SimCSE: Gao et al. 2021). The embedding is the state
-of [CLS], behind a dense layer while training and bare at test. Supervised: a document is three lines, a sentence, one it
-entails and one that contradicts it, which is a hard negative for everybody. The pool of negatives is the whole step, over
-micro-batches and data ranks (`training/pool.py`).
+Both views stand in one row, so dropout differs by position; all other sentences of the step are negatives. loss = -log
+softmax over cosine / temperature (SimCSE: Gao et al. 2021). The embedding is the state of [CLS], behind a dense layer while
+training and bare at test. Supervised: a document is three lines, a sentence, one it entails and one that contradicts it,
+which is a hard negative for everybody. The pool of negatives is the whole step, over micro-batches and data ranks
+(`training/pool.py`).
 """
 
 from __future__ import annotations
