@@ -31,6 +31,8 @@ err = Console(stderr=True, highlight=False)
 
 ASSUMED_VOCABULARY = 32768
 """What `plan` counts with before there is a tokenizer."""
+RESUMED = 50
+"""Steps of which a checkpoint is in the middle, in `parity --resume`."""
 PREVIEWED = 64
 """Positions of an example that `preview OBJECTIVE` shows, unless a run says otherwise."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]
@@ -308,11 +310,16 @@ def parity(
     layouts: Annotated[str, typer.Option(help="Layouts such as DP2,TP2+SP,TP2xPP2; all if left out.")] = "",
     steps: Annotated[int, typer.Option(help="Steps of each case.")] = 20,
     quick: Annotated[bool, typer.Option(help="One case for each objective and layout.")] = False,
+    mutants: Annotated[bool, typer.Option(help="Seed known bugs instead, and say which check sees each.")] = False,
+    resume: Annotated[bool, typer.Option(help="Save under each layout and go on under every other instead.")] = False,
     output: Annotated[str | None, typer.Option("--out", help="Also write every case here (Markdown).")] = None,
 ) -> None:
     """Train small models for every objective under every layout and print their distance from plain PyTorch."""
     from ds_pretrain.evaluation import parity as check
 
+    if mutants or resume:
+        _of_layouts(mutants)
+        return
     sizes = [int(size) for size in world.split(",")]
     names, plans = ([name for name in text.split(",") if name] for text in (objectives, layouts))
     results = check.run(sizes, names, plans, steps, quick)
@@ -324,6 +331,25 @@ def parity(
     if output:
         Path(output).write_text(check.markdown(results), encoding="utf-8")
     if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _of_layouts(seeded: bool) -> None:
+    """Seeded bugs and the checks that see them, or checkpoints that change their layout."""
+    from ds_pretrain.evaluation import elastic, mutants
+    from ds_pretrain.parallel.mesh import place
+
+    if place().world > 1:
+        raise ValueError(f"this starts its own ranks, the job has {place().world}: start it without a launcher")
+    if seeded:
+        caught = mutants.run()
+        out.print(mutants.table(caught))
+        sound = all(result.by for result in caught)
+    else:
+        resumed = elastic.run(RESUMED)
+        out.print(elastic.table(resumed, RESUMED))
+        sound = all(result.passed for result in resumed)
+    if not sound:
         raise typer.Exit(1)
 
 
@@ -347,6 +373,7 @@ def make_trainer(config: RunConfig, dataset: Any) -> Any:
         save_every=t.save_every,
         keep=t.keep,
         log_every=t.log_every,
+        check_every=t.check_every,
         activation_checkpointing=t.activation_checkpointing,
         compile=t.compile,
         output=config.output,

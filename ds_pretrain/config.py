@@ -97,6 +97,8 @@ class TrainConfig(_Section):
     """Checkpoints to keep."""
     log_every: int = Field(1, ge=1)
     """Write a metrics line every so many steps."""
+    check_every: int = Field(1000, ge=0)
+    """Compare what ranks must hold alike after the first step of a start or resume and every so many steps; 0: never."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     compile: bool = False

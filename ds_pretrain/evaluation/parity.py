@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,6 +40,9 @@ from ds_pretrain.parallel.mesh import Mesh, place
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import deepspeed_json
+
+if TYPE_CHECKING:
+    from ds_pretrain.training.engine import Engine
 
 STAGES, ACCUMULATION, RECOMPUTE, PRECISION = (0, 1, 2, 3), (1, 4), (False, True), ("fp32", "bf16")
 ROWS, SEQ_LEN, VOCAB, LR, SEED = 8, 32, 509, 1e-3, 11
@@ -79,6 +83,11 @@ class Case:
         """Rows of a step: as many as everybody's, where they can be dealt out."""
         unit = self.plan.data(self.world) * self.accumulation
         return ROWS if ROWS % unit == 0 else unit
+
+    @property
+    def micro(self) -> int:
+        """Rows of a micro-batch."""
+        return self.rows // self.plan.data(self.world) // self.accumulation
 
     @property
     def deepspeed(self) -> dict:
@@ -220,22 +229,34 @@ def expected(objective: str, rows: int, steps: int) -> tuple[list[float], dict[s
 
 def observed(case: Case, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """The same by the engine of this case (collective); gradients on rank 0 only."""
+    from ds_pretrain.training import agreement
+
+    engine = engine_for(case)
+    losses: list[float] = []
+    first: dict[str, Tensor] = {}
+    with loader_for(case, engine.mesh) as loader:
+        for number in range(1, steps + 1):
+            losses.append(engine.step(next(loader).batches, number, LR).loss)
+            if number == 1:
+                agreement.check(engine, number)
+                first = _first_gradients(engine)
+    return losses, first
+
+
+def engine_for(case: Case) -> Engine:
+    """The engine of a case (collective)."""
     from ds_pretrain.training.engine import build_for, create_engine
     from ds_pretrain.training.optimizer import OptimizerConfig
 
-    mesh = Mesh.build(case.plan)
-    objective = objective_for(case.objective)
+    mesh, objective = Mesh.build(case.plan), objective_for(case.objective)
     build = build_for(objective, model_for(case.objective), mesh, SEQ_LEN, case.recompute)
-    micro = case.rows // mesh.data_size // case.accumulation
-    config = deepspeed_json.filled(case.deepspeed, case.rows, micro, case.accumulation, 1.0)
-    engine = create_engine(build, objective, OptimizerConfig(lr=LR), config, SEED)
-    losses: list[float] = []
-    first: dict[str, Tensor] = {}
-    with Loader(samples(case.objective), case.rows, micro, mesh.at.data, mesh.data_size) as loader:
-        for number in range(1, steps + 1):
-            losses.append(engine.step(next(loader).batches, number, LR).loss)
-            first = first or _first_gradients(engine)
-    return losses, first
+    config = deepspeed_json.filled(case.deepspeed, case.rows, case.micro, case.accumulation, 1.0)
+    return create_engine(build, objective, OptimizerConfig(lr=LR), config, SEED)
+
+
+def loader_for(case: Case, mesh: Mesh, cursor: Cursor = Cursor()) -> Loader:
+    """This rank's batches of a case."""
+    return Loader(samples(case.objective), case.rows, case.micro, mesh.at.data, mesh.data_size, cursor)
 
 
 def compare(

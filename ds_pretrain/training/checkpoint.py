@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.shards import Shard
 from ds_pretrain.training import state
 from ds_pretrain.training.engine import Engine
@@ -74,7 +74,7 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
         outcome = [_write(attempt, name, data) for name, data in _files(engine)]
     except OSError as error:
         outcome = f"rank {engine.mesh.rank}: {error}"
-    everyone = _gather(outcome, engine.mesh.world)
+    everyone = engine.mesh.gather(outcome)
     failed = [text for text in everyone if isinstance(text, str)]
     saved = {"counters": state.counters(engine)}
     if not failed and engine.mesh.rank == 0:
@@ -93,13 +93,6 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
             shutil.rmtree(attempt, ignore_errors=True)
         raise OSError(f"checkpoint of step {step} was not saved: {told}. Earlier ones are as they were")
     return final
-
-
-def _gather(value: Any, world: int) -> list[Any]:
-    """Every rank's value, on every rank."""
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, value)
-    return everyone
 
 
 def _files(engine: Engine) -> Iterator[tuple[str, bytes]]:
@@ -232,15 +225,15 @@ def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
     return None if digest.hexdigest() == expected["xxh3_128"] else f"{path}: checksum differs: the file is corrupt"
 
 
-def newest(folder: Path, rank: int = 0, world: int = 1) -> Path | None:
-    """The newest checkpoint that verifies (collective when `world` > 1), None where there is none; damaged ones are named and
-    passed over. ValueError, on every rank, if all are damaged. Rank 0's listing of the folder counts: another node may see an
-    older one."""
-    found_steps = steps(folder) if world == 1 else _gather(steps(folder), world)[0]
+def newest(folder: Path, mesh: Mesh | None = None) -> Path | None:
+    """The newest checkpoint that verifies (collective over a mesh), None where there is none; damaged ones are named and passed
+    over. ValueError, on every rank, if all are damaged. Rank 0's listing of the folder counts: another node may see an older
+    one."""
+    rank, world = (mesh.rank, mesh.world) if mesh else (0, 1)
+    found_steps = steps(folder) if mesh is None else mesh.gather(steps(folder))[0]
     for path in found_steps:
         found = damages(path, rank, world)
-        if world > 1:
-            found = list(chain(*_gather(found, world)))
+        found = found if mesh is None else list(chain(*mesh.gather(found)))
         if not found:
             return path
         if rank == 0:
@@ -312,7 +305,7 @@ def load(snapshot: Snapshot, engine: Engine) -> None:
 def check_model(snapshot: Snapshot, engine: Engine) -> None:
     """ValueError that names how the checkpoint's model differs from the engine's."""
     local = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
-    ours = {name: shape for stage in _gather(local, engine.mesh.world) for name, shape in stage.items()}
+    ours = {name: shape for stage in engine.mesh.gather(local) for name, shape in stage.items()}
     theirs = snapshot.shapes
     wrong = [
         f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the model"

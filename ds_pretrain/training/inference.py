@@ -32,7 +32,7 @@ class FrozenModel(Model):
             raise ValueError(f"a model is loaded without a pipeline, not on {plan.pipeline} stages: set parallel.pipeline=1")
         mesh = Mesh.build(plan)
         folder = Path(output) / "checkpoints"
-        path = newest(folder, mesh.rank, mesh.world)
+        path = newest(folder, mesh)
         if path is None:
             raise ValueError(f"no checkpoint in {folder}: train the run first")
         self.snapshot = Snapshot(path)

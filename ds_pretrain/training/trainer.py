@@ -25,7 +25,7 @@ from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
-from ds_pretrain.training import checkpoint, deepspeed_json
+from ds_pretrain.training import agreement, checkpoint, deepspeed_json
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
 from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, step_flops, told
 from ds_pretrain.training.optimizer import OptimizerConfig
@@ -68,6 +68,7 @@ class PreTrainer:
         save_every: int = 0,
         keep: int = 2,
         log_every: int = 1,
+        check_every: int = 1000,
         activation_checkpointing: bool = False,
         compile: bool = False,
         output: str | Path | None = None,
@@ -94,6 +95,7 @@ class PreTrainer:
         self.batch_size, self.micro_batch_size, self.max_steps = batch_size, micro_batch_size, max_steps
         self.eval_every, self.eval_tokens, self.save_every = eval_every, eval_tokens, save_every
         self.keep, self.log_every, self.seed = keep, log_every, seed
+        self.check_every, self._checked = check_every, False
         self.optimizer = optimizer or OptimizerConfig(lr=learning_rate or 3e-4)
         self.output = Path(output) if output is not None else None
         self.facts = dict(facts or {})
@@ -195,7 +197,14 @@ class PreTrainer:
         if self.step % self.log_every == 0 or self.step == self.max_steps or not result.finite:
             self._log(result, batches, lr, seconds, metrics, watch)
         self._judge(result, watch)
+        self._compare()
         return result
+
+    def _compare(self) -> None:
+        """Whether ranks still hold their copies alike: after the first step here and every so many."""
+        if self.check_every and self.mesh.world > 1 and (not self._checked or self.step % self.check_every == 0):
+            agreement.check(self.model, self.step)
+            self._checked = True
 
     def _log(
         self, result: StepResult, batches: list[Batch], lr: float, seconds: float, metrics: MetricsLog, watch: Watch
@@ -243,7 +252,7 @@ class PreTrainer:
 
     def _open(self, output: Path) -> None:
         """Take over the output folder: continue from its newest sound checkpoint, or start it."""
-        found = checkpoint.newest(output / "checkpoints", self.mesh.rank, self.mesh.world)
+        found = checkpoint.newest(output / "checkpoints", self.mesh)
         if found:
             self._resume(checkpoint.Snapshot(found))
         if failed := self.mesh.agree(self._write_down(output) if self.mesh.rank == 0 else ""):
