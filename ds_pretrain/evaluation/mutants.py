@@ -143,6 +143,20 @@ def tied_embedding_not_summed_over_stages() -> Iterator[None]:
         yield
 
 
+@_mutant("clm", ParallelPlan(tensor=2, pipeline=2, sequence=True), 4)
+def sequence_cut_up_between_stages() -> Iterator[None]:
+    """DeepSpeed takes what travels between stages for copies, and sends each tensor rank's share of them."""
+    import deepspeed
+
+    real = deepspeed.initialize
+
+    def initialize(**given: Any) -> Any:
+        return real(**{**given, "config": {key: value for key, value in given["config"].items() if key != "pipeline"}})
+
+    with patch.object(deepspeed, "initialize", initialize):
+        yield
+
+
 @_mutant("mlm", accumulation=4)
 def mean_of_means() -> Iterator[None]:
     real = engine.Criterion.__call__

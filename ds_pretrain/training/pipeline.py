@@ -29,6 +29,9 @@ class PipelineEngine(Engine):
         prepare_parameters(module, self.build)
         initialise(module, self.build, self.seed)
         torch_optimizer = adamw(optimizer, module, offloads(config))
+        if self.build.megatron.sequence_parallel:  # each tensor rank has another part of the sequence, not a copy to cut up
+            whole = {"pipe_partitioned": False, "grad_partitioned": False}
+            config = {**config, "pipeline": {**config.get("pipeline", {}), **whole}}
         return deepspeed.initialize(model=module, optimizer=torch_optimizer, config=config)[0]
 
     def _train(self, batches: Sequence[Batch]) -> float | None:
