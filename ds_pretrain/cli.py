@@ -200,7 +200,7 @@ def infill(
     from ds_pretrain.evaluation import infill as task
 
     model, dataset = _load(output)
-    if problems := dataset.vocab.lacks("infilling", task.NAMES):
+    if problems := [*task.problems(model.objective), *dataset.vocab.lacks("infilling", task.NAMES)]:
         raise ValueError(problems[0])
     part = dataset.split(split)
     gaps = list(task.gaps(part, documents))
@@ -229,8 +229,7 @@ def similarity(
     from ds_pretrain.evaluation import embeddings
 
     model, dataset = _load(output)
-    rows = [(a, b, float(score)) for a, b, score in embeddings.read_table(pairs, 3)]
-    found = embeddings.similarity(_embedder(model, dataset), rows)
+    found = embeddings.similarity(_embedder(model, dataset), embeddings.read_scores(pairs))
     if model.mesh.rank == 0:
         table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
         table.add_row(

@@ -218,16 +218,25 @@ class Samples:
         return problems + self._unusable()
 
     def _unusable(self) -> list[str]:
-        """One problem if a look at up to `LOOKED_AT` documents finds some that the objective cannot use."""
-        documents = np.unique(np.linspace(0, len(self.store.lengths) - 1, LOOKED_AT).astype(np.int64)).tolist()
+        """One problem if a look at `LOOKED_AT` documents, or all where each must be one example, finds some that the objective
+        cannot use."""
+        every = len(self.store.lengths)
+        look = every if self.objective.whole else min(every, LOOKED_AT)
+        documents = np.unique(np.linspace(0, every - 1, look).astype(np.int64)).tolist()
         whole = [Document(self.store.slice(i, 0, int(self.store.lengths[i]) - 1)) for i in documents]
-        found = [(i, why) for i, doc in zip(documents, whole, strict=True) if (why := self.objective.unusable(doc, self.vocab))]
+        found = [(i, why) for i, doc in zip(documents, whole, strict=True) if (why := self._unfit(doc))]
         if not found:
             return []
         return [
             f"{len(found)} of {len(documents)} documents looked at have no example of {self.objective.name}: document "
             f"{found[0][0]} has {found[0][1]}"
         ]
+
+    def _unfit(self, doc: Document) -> str | None:
+        room = self.pieces.size
+        if self.objective.whole and len(doc.tokens) > room:
+            return f"{len(doc.tokens)} tokens, {room} fit a row of {self.seq_len}: raise batch.seq_len or leave long ones out"
+        return self.objective.unusable(doc, self.vocab)
 
     def _blocks(self) -> int:
         mean = np.array([max(1, int(self.pieces.usable.sum()) // len(self))])
@@ -286,7 +295,7 @@ class Samples:
         epochs, pieces, slots, _ = self.decode(np.asarray(samples))
         keys = zip(epochs.tolist(), pieces.tolist(), slots.tolist(), strict=True)
         return [
-            maker.example(docs, self.vocab, self.seq_len, self._generator(epoch, piece, *[slot] * (slot > 0)))
+            maker.example(docs, self.vocab, self.seq_len, self._generator(epoch, piece, *["slot", slot] * (slot > 0)))
             for (maker, docs), (epoch, piece, slot) in zip(self.sources(samples), keys, strict=True)
         ]
 
@@ -306,10 +315,10 @@ class Samples:
         first, stop = self.pieces.first(document), self.pieces.ends[document]
         others = (len(self) - (stop - first)).tolist()
         keys = zip(epochs.tolist(), pieces.tolist(), others, strict=True)
-        drawn = np.array([self._generator(epoch, piece, k).integers(n) for epoch, piece, n in keys], dtype=np.int64)
+        drawn = np.array([self._generator(epoch, piece, "partner", k).integers(n) for epoch, piece, n in keys], dtype=np.int64)
         return drawn + np.where(drawn >= first, stop - first, 0)
 
-    def _generator(self, epoch: int, piece: int, *use: int) -> np.random.Generator:
+    def _generator(self, epoch: int, piece: int, *use: int | str) -> np.random.Generator:
         return rng.generator(self.seed, _when(epoch), self.source, piece, self.objective.name, *use)
 
 

@@ -9,6 +9,7 @@ same network with untrained weights.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,15 +49,31 @@ class Probe:
 
 
 def read_table(path: str | Path, columns: int) -> list[list[str]]:
-    """Lines of tab-separated columns. ValueError naming the line that has another number of them."""
+    """Lines of tab-separated columns. ValueError naming the line that has another number of them or an empty one."""
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) != columns:
             raise ValueError(f"{path}:{number} has {len(fields)} columns separated by tabs, {columns} are needed")
+        if not all(field.strip() for field in fields):
+            raise ValueError(f"{path}:{number} has an empty column")
         rows.append(fields)
     if not rows:
         raise ValueError(f"{path} is empty")
+    return rows
+
+
+def read_scores(path: str | Path) -> list[tuple[str, str, float]]:
+    """Lines of sentence, sentence, score. ValueError naming the line whose score is no number."""
+    rows = []
+    for number, (left, right, text) in enumerate(read_table(path, 3), start=1):
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"{path}:{number} has the score {text!r}, which is no number")
+        rows.append((left, right, score))
     return rows
 
 

@@ -64,6 +64,12 @@ def unmask(
     """
     if model.objective.measure != "bound":
         raise ValueError(f"objective {model.objective.name} is no diffusion: use a run of masked diffusion")
+    room = model.build.model.positions
+    if room and len(prompt) + tokens > room:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and {tokens} new ones are more than the {room} positions of this model: ask for "
+            f"at most {max(0, room - len(prompt))}"
+        )
     never = torch.tensor(sorted(banned), dtype=torch.long)
     ids = torch.tensor([[*prompt, *[mask] * tokens]])
     generator = rng.torch_generator("unmask", seed)

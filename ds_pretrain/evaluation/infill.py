@@ -14,8 +14,18 @@ from dataclasses import dataclass
 from ds_pretrain.core import rng
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.evaluation.generate import generate
-from ds_pretrain.objectives.fim import NAMES
+from ds_pretrain.objectives import Objective
+from ds_pretrain.objectives.fim import NAMES, FillInTheMiddle
+from ds_pretrain.objectives.mixture import Composite
 from ds_pretrain.training.inference import FrozenModel
+
+
+def problems(objective: Objective) -> list[str]:
+    """Why a model that was trained for this objective cannot fill in."""
+    parts = [part.objective for part in objective.components] if isinstance(objective, Composite) else [objective]
+    if any(isinstance(part, FillInTheMiddle) for part in parts):
+        return []
+    return [f"a run of {objective.name} has never seen a document with its middle moved: infill needs a run of fim"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ DRAWS = 8
 def evaluate(model: Model, dataset: PretrainingDataset, max_tokens: int | None = None) -> Scores:
     """Scores over at most `max_tokens` tokens of whole documents (collective)."""
     mesh, objective = model.mesh, model.objective
+    if dataset.objective.evaluated != dataset.objective:
+        dataset = dataset.split(dataset.source, dataset.objective.evaluated)
     plan = dataset.evaluation(max_tokens)
     results = []
     for draw in range(DRAWS if objective.measure == "bound" else 1):

@@ -117,9 +117,10 @@ def row_keys(tokens: Tensor) -> Tensor:
 
 
 def gumbel(key: Tensor, first: int, count: int) -> Tensor:
-    """Standard Gumbel noise fp32 [n, count] for ids from `first` on; a pure function of key [n] and id."""
+    """Standard Gumbel noise fp32 [n, count] for ids from `first` on; a pure function of key [n] and id. 23 bits, so that
+    adding a half is exact and the largest is 16.6, not infinite."""
     ids = torch.arange(first, first + count, device=key.device)
-    uniform = ((mix(key[:, None] + (ids << 20)) & ((1 << 24) - 1)).float() + 0.5) / (1 << 24)
+    uniform = ((mix(key[:, None] + (ids << 20)) & ((1 << 23) - 1)).float() + 0.5) / (1 << 23)
     return -torch.log(-torch.log(uniform))
 
 

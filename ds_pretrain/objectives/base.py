@@ -8,6 +8,7 @@ line, `preview`, every layout and the law tests pick it up.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Objective(ABC):
     of whatever the objective hides, which gives no perplexity."""
     eod: ClassVar[bool] = True
     """Whether a document's end-of-document token is part of what the example is made from."""
+    whole: ClassVar[bool] = False
+    """Whether a document must be one example: none may be longer than a piece, and each is looked at before training."""
     packed: ClassVar[bool] = True
     """Whether several examples may share a row."""
 
@@ -68,6 +71,11 @@ class Objective(ABC):
     def likelihood(self) -> Objective | None:
         """The objective whose loss is the likelihood of the text and that a model trained for this one can be scored by."""
         return self if self.measure == "likelihood" else None
+
+    @property
+    def evaluated(self) -> Objective:
+        """What an evaluation scores: this objective without what would leave out text."""
+        return self
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -154,6 +162,21 @@ def create(name: str, **fields: Any) -> Objective:
     for key, value in fields.items():
         if key not in known:
             raise ValueError(unknown(f"field of objective {name}", key, known))
-        if isinstance(known[key].default, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"objective.{key} of {name} is a number, got {value!r}")
+        if told := _mistyped(known[key].default, value):
+            raise ValueError(f"objective.{key} of {name} is {told}, got {value!r}")
     return cls(**fields)
+
+
+def _mistyped(default: Any, value: Any) -> str | None:
+    """What a value should be, by the default of its field, if it is not; None where it is or where no default tells."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case bool():
+            return None if isinstance(value, bool) else "true or false"
+        case int():
+            return None if number and value == int(value if math.isfinite(value) else 0.5) else "a whole number"
+        case float():
+            return None if number and math.isfinite(value) else "a number"
+        case str():
+            return None if isinstance(value, str) else "a word"
+    return None

@@ -8,7 +8,7 @@ per token: a bound, not a perplexity (MDLM: Sahoo et al. 2024; LLaDA: Nie et al.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class MaskedDiffusion(Objective):
             raise ValueError(f"eps must lie between 0 and 1, got {self.eps}")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length must lie in [0, 1], got {self.random_length}")
+
+    @property
+    def evaluated(self) -> Objective:
+        """A bound on the whole text cuts nothing off."""
+        return replace(self, random_length=0.0)
 
     def piece(self, max_len: int) -> int:
         return max_len

@@ -9,6 +9,7 @@ packed by exact sizes, and every document is still used exactly once per epoch.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,14 @@ class Composite(Objective):
         return max(c.objective.shortest + (self.eod and not c.objective.eod) for c in self.components)
 
     @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return any(component.objective.whole for component in self.components)
+
+    def unusable(self, doc: Document, vocab: Vocabulary) -> str | None:
+        reasons = (component.objective.unusable(doc, vocab) for component in self.components)
+        return next((why for why in reasons if why), None)
+
+    @property
     def pooled(self) -> bool:  # type: ignore[override]
         return any(component.objective.pooled for component in self.components)
 
@@ -145,7 +154,16 @@ class Composite(Objective):
 
     def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
         found = [problem for component in self.components for problem in component.objective.check(vocab, max_len)]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(found)) or self._check_pieces(max_len)
+
+    def _check_pieces(self, max_len: int) -> list[str]:
+        """Whether what fits all components is enough for each."""
+        piece, least = self.piece(max_len), 2 * self.shortest - 1
+        if piece >= least:
+            return []
+        small = min(self.components, key=lambda c: c.objective.piece(max_len)).name
+        long = max(self.components, key=lambda c: c.objective.shortest).name
+        return [f"{small} takes {piece} tokens of a document at most, {long} needs {least}: they cannot be mixed like this"]
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         """An example of a component that is drawn here, with the last shares; rows of a dataset draw it beforehand."""
@@ -198,14 +216,20 @@ class Mixture(Composite):
     """Samples consumed to the weights from there on, linear in between; `weights` hold at 0."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping) or not all(isinstance(w, Mapping) for w in self.schedule.values()):
+            raise ValueError(f"weights of a mixture map names to numbers, got {self.weights!r} and {self.schedule!r}")
         if self.by not in ("samples", "tokens"):
             raise ValueError(f"by must be 'samples' or 'tokens', got {self.by!r}")
         if any(int(start) <= 0 for start in self.schedule):
             raise ValueError(f"schedule starts at {min(self.schedule)}: its points lie above 0, `weights` hold at 0")
         for when, weights in self._points:
+            if wrong := [f"{k}={w!r}" for k, w in weights.items() if isinstance(w, bool) or not _finite(w)]:
+                raise ValueError(f"weights of a mixture are numbers, got {', '.join(wrong)}")
             told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
             if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError(f"weights of a mixture must not be negative and not all be 0; at sample {when}: {told}")
+        if inner := [c.name for c in self.components if isinstance(c.objective, Mixture)]:
+            raise ValueError(f"{', '.join(inner)} cannot be a component of a mixture: write its components and weights out")
         if double := [c.name for c in self.components if c.objective.generator]:
             raise ValueError(f"{', '.join(double)} trains two networks and cannot be mixed with others")
         if strange := set(self.options) - {component.name for component in self.components}:
@@ -219,6 +243,12 @@ class Mixture(Composite):
     def components(self) -> tuple[Component, ...]:
         names = dict.fromkeys(name for _, weights in self._points for name in weights)
         return tuple(Component(name, create(**{"name": name, **self.options.get(name, {})})) for name in names)
+
+    def check(self, vocab: Vocabulary, max_len: int) -> list[str]:
+        problems = super().check(vocab, max_len)
+        if not problems and (free := [c.name for c, cost in zip(self.components, self._cost, strict=True) if cost == 0]):
+            return [f"by=tokens needs a loss over the vocabulary, {', '.join(free)} has none: use by=samples"]
+        return problems
 
     def shares(self, ordinal: np.ndarray) -> np.ndarray:
         columns = [np.interp(ordinal, self._starts, self._table[:, i]) for i in range(len(self.components))]
@@ -248,8 +278,12 @@ def loss_tokens(objective: Objective, length: int = 512, samples: int = 64) -> f
     vocab = Vocabulary.synthetic()
     heads = [head.name for head in objective.heads if head.classes is None]
     made = _synthetic(objective, vocab, length, samples)
-    total = sum(example.targets[name].total for example in made for name in heads if name in example.targets)
-    return total / samples
+    parts = [part for example in made for part in (example, *example.then)]
+    return sum(part.targets[name].total for part in parts for name in heads if name in part.targets) / samples
+
+
+def _finite(number: object) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
 
 
 def _synthetic(objective: Objective, vocab: Vocabulary, length: int, samples: int) -> Iterator[Example]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout, Target
 from ds_pretrain.core.vocabulary import Vocabulary
-from ds_pretrain.objectives.base import Objective, register
+from ds_pretrain.objectives.base import Objective, create, register
 from ds_pretrain.objectives.masked import MaskedLanguageModeling
 
 ANCHOR, POSITIVE, NEGATIVE = 1, 2, 3
@@ -48,6 +48,8 @@ class SimCSE(Objective):
     pooled = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.mlm, Mapping):  # as a run file writes it
+            object.__setattr__(self, "mlm", create(**{"name": "mlm", **self.mlm}))
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.length < 1 or self.mlm_weight < 0:
@@ -57,6 +59,10 @@ class SimCSE(Objective):
     def heads(self) -> tuple[Head, ...]:  # type: ignore[override]
         masked = (Head("mlm", coefficient=self.mlm_weight),) if self.mlm_weight else ()
         return Head("simcse", classes=0), *masked
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return self.supervised
 
     @property
     def parts(self) -> int:
@@ -88,7 +94,9 @@ class SimCSE(Objective):
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
-        lines = self._lines(doc.tokens, vocab)[:3] if self.supervised else [doc.tokens[: self.piece(max_len)]] * 2
+        if self.supervised and (why := self.unusable(doc, vocab)):
+            raise ValueError(f"a document has {why}")
+        lines = self._lines(doc.tokens, vocab) if self.supervised else [doc.tokens[: self.piece(max_len)]] * 2
         views = [np.concatenate(([vocab.cls], line, [vocab.sep])).astype(np.int32) for line in lines]
         marks = [_mark(len(view), kind) for kind, view in enumerate(views, start=ANCHOR)]
         parts = [Example.bidirectional(view, {"simcse": mark}) for view, mark in zip(views, marks, strict=True)]

@@ -327,7 +327,7 @@ def test_classes_over_masked_inputs_have_no_fate():
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"too short for nsp: it takes 2 documents of 2 tokens .* 1 document of \d+ tokens"):
+    with pytest.raises(ValueError, match=r"too short for nsp: it takes 2 documents of 4 tokens .* 1 document of \d+ tokens"):
         seen("nsp", texts=["Hello there, hello."])
     with pytest.raises(ValueError, match=r"too short for mlm: it takes 1 document of 1 token .* of 0 tokens"):
         seen("mlm", texts=[""])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_pretrain.evaluation.embeddings import probe, read_table, similarity, spearman
+from ds_pretrain.evaluation.embeddings import probe, read_scores, read_table, similarity, spearman
 
 
 def test_spearman_is_the_textbook_one():
@@ -53,3 +53,13 @@ def test_a_table_names_the_line_that_is_wrong(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="is empty"):
         read_table(file, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"), [("a\tb\tnan", "score 'nan'"), ("a\tb\tfoo", "score 'foo'"), ("a\t \t1", "an empty column")]
+)
+def test_a_bad_score_or_an_empty_sentence_is_told_with_its_line(tmp_path, line, told):
+    file = tmp_path / "pairs.tsv"
+    file.write_text(f"a\tb\t1\n{line}\n")
+    with pytest.raises(ValueError, match=f"pairs.tsv:2 has .*{told}"):
+        read_scores(file)

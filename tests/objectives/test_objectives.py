@@ -1,5 +1,8 @@
 """Laws that hold for every registered objective, and the numbers that clm and mlm must reproduce."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from text import VOCAB, real_document
 
 from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Document
+from ds_pretrain.data.dataset import Samples
 from ds_pretrain.objectives import REGISTRY, CausalLanguageModeling, MaskedLanguageModeling, create
 
 LENGTHS = [1, 2, 3, 7, 50, 127, 10_000]
@@ -151,8 +155,10 @@ def test_a_position_is_never_shown_the_answer_that_it_is_asked_for(name):
             for head in words & set(part.targets):
                 at = np.flatnonzero(part.targets[head].weights)
                 labels = part.targets[head].labels
-                shifted = not (part.inputs == VOCAB.mask).any() and len(part.inputs) > 1
-                if shifted and np.array_equal(labels[:-1], part.inputs[1:]):  # predicts the next token
+                if (part.inputs == VOCAB.mask).any():  # hides: shows what it asks for by intent alone
+                    shown = (part.inputs == labels)[at].sum()
+                    assert shown <= 3 + 0.4 * len(at)
+                elif len(labels) > 1 and np.array_equal(labels[:-1], part.inputs[1:]):  # predicts the next token
                     assert (part.horizon[at] <= at).all()
 
 
@@ -319,3 +325,63 @@ def _wordpieces():
 def test_mlm_refuses_impossible_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         MaskedLanguageModeling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"name": "simcse", "length": "x"}, "length of simcse is a whole number"),
+        ({"name": "mlm", "span_max": 2.5}, "span_max of mlm is a whole number"),
+        ({"name": "clm", "eod_loss": "no"}, "eod_loss of clm is true or false"),
+        ({"name": "electra", "rtd_weight": math.nan}, "rtd_weight of electra is a number"),
+        ({"name": "mixture", "weights": 3}, "map names to numbers"),
+        ({"name": "mixture", "weights": {"clm": "a"}}, "weights of a mixture are numbers, got clm='a'"),
+        ({"name": "mixture", "weights": {"clm": math.nan}}, "weights of a mixture are numbers"),
+        ({"name": "mixture", "weights": {"mixture": 1.0, "clm": 1.0}}, "mixture cannot be a component"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_name(fields, told):
+    with pytest.raises(ValueError, match=told):
+        create(**fields)
+
+
+def test_mixtures_that_cannot_be_are_refused_with_the_components():
+    no_words = create("mixture", weights={"clm": 0.5, "nsp": 0.5}, by="tokens")
+    assert no_words.check(VOCAB, 128) == ["by=tokens needs a loss over the vocabulary, nsp has none: use by=samples"]
+    options = {"simcse": {"length": 3}}
+    short = create("mixture", weights={"simcse": 0.5, "sop": 0.5}, by="samples", options=options)
+    assert short.check(VOCAB, 128) == [
+        "simcse takes 3 tokens of a document at most, sop needs 19: they cannot be mixed like this"
+    ]
+    assert create("simcse", mlm={"mask_prob": 0.3}, mlm_weight=0.1).mlm.mask_prob == 0.3
+
+
+def test_a_triplet_that_does_not_fit_or_is_none_is_refused_before_training():
+    """One of a thousand documents is enough: a cut triplet trains on wrong pairs."""
+    line = [*VOCAB.words[:5].tolist()]
+    objective = create("simcse", supervised=True)
+    vocab = replace(VOCAB, surfaces=lambda: ["\n" if i == VOCAB.words[0] else "a" for i in range(VOCAB.size)])
+    ends = [*VOCAB.words[1:5].tolist(), int(VOCAB.words[0])]
+    for bad, told in ((ends * 2, "2 lines where simcse needs"), (ends * 2 + line * 20, r"\d+ tokens, 58 fit a row of 64")):
+        store = Listed([[*ends * 3, VOCAB.eod]] * 999 + [[*bad, VOCAB.eod]])
+        with pytest.raises(ValueError, match=rf"1 of 1000 documents .* document 999 has {told}"):
+            Samples(store, vocab, 64, objective, "train", 0)
+
+
+class Listed:
+    """A store of given documents."""
+
+    digest = "listed"
+
+    def __init__(self, documents):
+        self.documents = [np.array(ids, dtype=np.int32) for ids in documents]
+        self.lengths = np.array([len(ids) for ids in documents])
+        self.text = np.ones((len(documents), 2), dtype=np.int64)
+
+    def slice(self, i, start, stop):
+        return self.documents[i][start:stop]
+
+
+def test_a_bound_is_evaluated_on_whole_documents():
+    assert create("mdlm", random_length=0.5).evaluated == create("mdlm", random_length=0.0)
+    assert create("clm").evaluated == create("clm")

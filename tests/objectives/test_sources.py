@@ -16,6 +16,7 @@ from text import ENCODED, TEXTS, TOKENIZER, VOCAB, real_document
 
 from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Document
+from ds_pretrain.core.loss import weighted_mean
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import collate
 from ds_pretrain.data.tokenizer import TextTokenizer
@@ -26,6 +27,7 @@ from ds_pretrain.objectives import create
 from ds_pretrain.objectives.fim import NAMES
 from ds_pretrain.objectives.prefix import prefixed
 from ds_pretrain.objectives.spans import noise, noise_mask
+from ds_pretrain.training.engine import Criterion
 
 MAX_LEN = 128
 RANK = {sentinel: number for number, sentinel in enumerate(VOCAB.sentinels)}
@@ -391,7 +393,14 @@ def auc(features, labels):
         hessian = (x[:half] * (p * (1 - p))[:, None]).T @ x[:half] + np.eye(len(w))
         w += np.linalg.solve(hessian, x[:half].T @ (labels[:half] - p) - w)
     wrong, right = (np.sort((x[half:] @ w)[labels[half:] == label]) for label in (0, 1))
-    return np.searchsorted(wrong, right).mean() / len(wrong)
+    below, upto = (np.searchsorted(wrong, right, side).mean() for side in ("left", "right"))  # ties count half
+    return (below + upto) / 2 / len(wrong)
+
+
+def with_products(features):
+    """Also every product of two clues: what each hides may show in both."""
+    pairs = [features[:, i] * features[:, j] for i in range(features.shape[1]) for j in range(i)]
+    return np.column_stack([features, *pairs])
 
 
 @pytest.mark.parametrize("name", ["nsp", "sop"])
@@ -400,6 +409,8 @@ def test_a_probe_cannot_tell_the_label_from_anything_but_the_text(name):
     features, labels = np.array([x for x, _ in found], float), np.array([label for _, label in found])
     within(labels.sum(), len(labels), 0.5)
     assert auc(features, labels) == pytest.approx(0.5, abs=0.02)
+    if name == "nsp":  # for sop a full stop before a capital is the text that tells the order, as it should
+        assert auc(with_products(features), labels) == pytest.approx(0.5, abs=0.02)
     leaky = np.hstack([features, (labels + np.random.default_rng(0).normal(size=len(labels)))[:, None]])
     assert auc(leaky, labels) > 0.7, "the probe can find a clue where there is one"
 
@@ -448,7 +459,7 @@ def electra(mesh, vocab, std):
     return e, network
 
 
-ONE = SimpleNamespace(gather=lambda x: x, before=lambda count: 0)
+ONE = SimpleNamespace(gather=lambda x: (x, 0))
 """The only data rank."""
 
 
@@ -460,8 +471,10 @@ def test_electra_starts_at_ln_v_and_fifty_ln_2(mesh):
     """10.3262 + 50 x 0.6931 = 44.98 with BERT's vocabulary."""
     objective, network = electra(mesh, 30522, 0.02)
     batch = electra_batch(8)
-    sums = network(batch, lambda read, b: objective.loss(read, b, ONE))
-    loss = sum(h.coefficient * sums[h.name].item() / batch.targets[h.name].total for h in objective.heads)
+    criterion = Criterion(objective, ONE, 1.0)
+    criterion.start({head.name: batch.targets[head.name].total for head in objective.heads})
+    network(batch, criterion)
+    loss = weighted_mean(criterion.sums, criterion.totals, objective.heads)
     assert loss == pytest.approx(44.98, abs=0.1)
 
 
@@ -492,6 +505,14 @@ def test_gumbel_samples_follow_softmax():
     drawn = (logits + gumbel(keys, 0, 12)).argmax(1)
     fits(np.bincount(drawn, minlength=12), 20_000 * torch.softmax(logits, 0).numpy())
     assert torch.equal(gumbel(keys, 5, 7), gumbel(keys, 0, 12)[:, 5:])
+
+
+def test_no_gumbel_noise_is_infinite(monkeypatch):
+    """The largest and the smallest that there can be: an infinite one would win over any logit."""
+    for bits in (-1, 0):
+        monkeypatch.setattr("ds_pretrain.models.heads.mix", lambda x, bits=bits: torch.full_like(x, bits))
+        noise = gumbel(torch.zeros(1, dtype=torch.int64), 0, 1)
+        assert noise.isfinite().all() and -3 < noise.item() < 17
 
 
 def test_electra_fills_a_row_alike_in_every_micro_batch(mesh):

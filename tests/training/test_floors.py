@@ -237,7 +237,7 @@ def floors(case: Case, test: Samples) -> np.ndarray:
 def gaps(case: Case) -> dict[str, float]:
     """Loss after training less its floor by head, nats per scored position, on documents of their own."""
     test, trainer = data(case.law, case.objective, 300, 2), trained(case.law, case.objective, case.steps)
-    batches = evaluation_batches(test, None, 16)
+    batches = list(evaluation_batches(test, None, 16))
     found = trainer.model.evaluate(batches)
     floor = {head.name: float(floors(case, test).sum()) for head in case.objective.heads if head.classes is None}
     if "rtd" in found.sums:
