@@ -31,6 +31,9 @@ class Document:
     before: int | None = None
 
 
+Count = tuple[float, float]
+"""A part, and the whole that it is of."""
+
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 

@@ -8,51 +8,47 @@ they predict; one that an objective `expects` and that strays by more than five 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
-from ds_pretrain.core.batch import Batch
+from ds_pretrain.core.batch import Batch, Count
 from ds_pretrain.core.vocabulary import Vocabulary
-from ds_pretrain.data.collate import realised
+from ds_pretrain.data.collate import counted
 from ds_pretrain.objectives import Objective
 
 DEVIATIONS = 5.0
-TOLERANCE = 0.003
+TOLERANCE = 0.01
 """What rounding to whole positions may add; below it nobody cares."""
 
 
 class Audit:
-    """Running means of `realised`."""
+    """Sums of what is counted in the batches."""
 
     def __init__(self, objective: Objective, vocab: Vocabulary) -> None:
         self.objective, self.vocab = objective, vocab
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-        self._predicted: dict[str, float] = {}
+        self._sums: dict[str, Count] = {}
         self._told: set[str] = set()
 
     def add(self, batches: Sequence[Batch]) -> None:
-        predicted = {name: sum(int((b.targets[name].weights != 0).sum()) for b in batches) for name in batches[0].targets}
-        for name, count in predicted.items():
-            self._predicted[name] = self._predicted.get(name, 0.0) + count
-        for key, share in realised(batches, self.vocab).items():
-            weight = predicted.get(key.rsplit("/", 1)[0], 1)
-            self._sums[key] = self._sums.get(key, 0.0) + weight * share
-            self._weights[key] = self._weights.get(key, 0.0) + weight
+        counts: list[Mapping[str, Count]] = [counted(batches, self.vocab, self.objective.heads)]
+        counts += [self.objective.counted(batch, self.vocab) for batch in batches]
+        for key, (part, whole) in chain.from_iterable(found.items() for found in counts):
+            before = self._sums.get(key, (0, 0))
+            self._sums[key] = (before[0] + part, before[1] + whole)
 
     @property
     def shares(self) -> dict[str, float]:
-        """The mean of every statistic so far."""
-        return {key: self._sums[key] / weight for key, weight in self._weights.items() if weight}
+        """Every statistic so far."""
+        return {key: part / whole for key, (part, whole) in self._sums.items() if whole}
 
     def surprises(self) -> list[str]:
         """What strays from what the objective expects, each told once."""
         found = []
         for key, expected in self.objective.expected.items():
-            count = self._predicted.get(key.rsplit("/", 1)[0], 0.0)
-            share = self._sums.get(key, 0.0) / count if count else expected
-            if key in self._told or not count:
+            part, whole = self._sums.get(key, (0, 0))
+            if key in self._told or not whole:
                 continue
-            if abs(share - expected) > DEVIATIONS * math.sqrt(expected * (1 - expected) / count) + TOLERANCE:
+            if abs(part / whole - expected) > DEVIATIONS * math.sqrt(expected * (1 - expected) / whole) + TOLERANCE:
                 self._told.add(key)
-                found.append(f"warning: {key} is {share:.2%} of {count:,.0f} positions, {expected:.2%} were asked for")
+                found.append(f"warning: {key} is {part / whole:.2%} of {whole:,.0f}, {expected:.2%} were asked for")
         return found

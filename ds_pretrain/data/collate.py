@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ds_pretrain.core.attention import AttentionPattern
-from ds_pretrain.core.batch import Batch, Example, Target
+from ds_pretrain.core.batch import Batch, Count, Example, Head, Target
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives import CausalLanguageModeling, Objective
 
 Shape = tuple[int, int]
-CLASSES = 3
-"""Labels below this may be classes, not words. A batch does not say what its labels stand for."""
 
 
 class Layout(NamedTuple):
@@ -108,21 +106,29 @@ def collate_causal(
     return _batch(layout, inputs, horizon, {"clm": target}, objective)
 
 
-def realised(batches: Sequence[Batch], vocab: Vocabulary) -> dict[str, float]:
-    """What the batches really contain, to be held against what was asked for.
+def realised(batches: Sequence[Batch], vocab: Vocabulary, heads: Sequence[Head]) -> dict[str, float]:
+    """What the batches really contain, as shares: `counted`, divided."""
+    return {key: part / whole for key, (part, whole) in counted(batches, vocab, heads).items() if whole}
 
-    useful: the share of positions that is not padding. ahead: the share of these that sees beyond itself, where that differs
-    from position to position. HEAD/targets: the share of the useful that this head predicts. HEAD/mask, random, kept: what
-    became of the predicted, for heads that predict their own position. HEAD/cut, spans, span_length: of heads whose labels
-    hold sentinels, the share of the text that is cut out, spans of an example and tokens of a span.
+
+def counted(batches: Sequence[Batch], vocab: Vocabulary, heads: Sequence[Head]) -> dict[str, Count]:
+    """What the batches really contain, to be summed and held against what was asked for.
+
+    useful: positions that are not padding. ahead: those of them that see beyond themselves, where that differs from position to
+    position. HEAD/targets: of the useful, those that this head predicts. HEAD/rate, mask, random, kept: for heads that predict
+    their own position, of the words those that are predicted, and what became of them. HEAD/cut, spans, span_length: of heads
+    whose labels hold sentinels, tokens cut out of the text, spans by example and tokens by span.
     """
     useful = sum(int((b.attention.segment != 0).sum()) for b in batches)
-    found = {"useful": useful / max(1, sum(b.inputs.numel() for b in batches))}
+    found: dict[str, Count] = {"useful": (useful, sum(b.inputs.numel() for b in batches))}
     if batches[0].attention.kind == "mixed":
-        found["ahead"] = sum(_ahead(b.attention) for b in batches) / max(1, useful)
+        found["ahead"] = (sum(_ahead(b.attention) for b in batches), useful)
+    words = {head.name for head in heads if head.classes is None}
     for name in batches[0].targets:
-        found |= {f"{name}/{key}": share for key, share in _audit(batches, name, useful, vocab).items()}
-        found |= {f"{name}/{key}": number for key, number in _spans(batches, name, vocab).items()}
+        found[f"{name}/targets"] = (sum(int((b.targets[name].weights != 0).sum()) for b in batches), useful)
+        if name in words:
+            found |= {f"{name}/{key}": count for key, count in _fates(batches, name, vocab).items()}
+            found |= {f"{name}/{key}": count for key, count in _spans(batches, name, vocab).items()}
     return found
 
 
@@ -131,19 +137,21 @@ def _ahead(attention: AttentionPattern) -> int:
     return int(((attention.horizon > here) & (attention.segment != 0)).sum())
 
 
-def _audit(batches: Sequence[Batch], name: str, useful: int, vocab: Vocabulary) -> Mapping[str, float]:
+def _fates(batches: Sequence[Batch], name: str, vocab: Vocabulary) -> Mapping[str, Count]:
     chosen = [b.targets[name].weights != 0 for b in batches]
     inputs = torch.cat([b.inputs[at] for b, at in zip(batches, chosen, strict=True)])
     labels = torch.cat([b.targets[name].labels[at] for b, at in zip(batches, chosen, strict=True)])
-    shares = {"targets": len(inputs) / max(1, useful)}
+    special = torch.from_numpy(vocab.is_special)
     masked, kept = (int((inputs == other).sum()) for other in (vocab.mask, labels))
-    if masked and int(labels.max()) >= CLASSES and not torch.from_numpy(vocab.is_special)[labels].any():
-        random = len(inputs) - masked - kept
-        shares |= {key: n / len(inputs) for key, n in (("mask", masked), ("random", random), ("kept", kept))}
-    return shares
+    if not masked or special[labels].any():
+        return {}
+    owns = [_segments(b, at) > 0 for b, at in zip(batches, chosen, strict=True)]  # of a mixture, the examples of this head
+    text = sum(int((own & (~special[b.inputs] | at)).sum()) for b, at, own in zip(batches, chosen, owns, strict=True))
+    fates = {"mask": masked, "random": len(inputs) - masked - kept, "kept": kept}
+    return {"rate": (len(inputs), text)} | {key: (n, len(inputs)) for key, n in fates.items()}
 
 
-def _spans(batches: Sequence[Batch], name: str, vocab: Vocabulary) -> Mapping[str, float]:
+def _spans(batches: Sequence[Batch], name: str, vocab: Vocabulary) -> Mapping[str, Count]:
     """Spans by their sentinels; the text of an example is what its inputs hold beside special ids."""
     special, sentinels = torch.from_numpy(vocab.is_special), torch.tensor(vocab.sentinels, dtype=torch.int64)
     spans = cut = text = examples = 0
@@ -157,7 +165,7 @@ def _spans(batches: Sequence[Batch], name: str, vocab: Vocabulary) -> Mapping[st
         spans += int(starts.sum())
         cut += int((scored & (own > 0) & ~special[labels]).sum())
         text += int(((own > 0) & ~special[b.inputs]).sum())
-    return {"cut": cut / max(1, text), "spans": spans / examples, "span_length": cut / spans} if spans else {}
+    return {"cut": (cut, text), "spans": (spans, examples), "span_length": (cut, spans)} if spans else {}
 
 
 def _segments(batch: Batch, marked: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def preview(
         parts += _row(batch, row, reader)
     drawn = max(range(shown), key=lambda row: len(spans_of(batch, row)))
     title = f"row {drawn}: who sees whom; the whole batch in numbers"
-    foot = beside(Group(*picture(batch, drawn)), _statistics(batch, vocab))
+    foot = beside(Group(*picture(batch, drawn)), _statistics(batch, vocab, heads))
     return Group(*parts, Rule(title, style="bold"), foot)
 
 
@@ -234,8 +234,8 @@ def _heading(batch: Batch, span: Span, number: int) -> Text:
     return line.append(f"  {span.stop - span.start} tokens ({where}), {', '.join(heads)}", "not bold default")
 
 
-def _statistics(batch: Batch, vocab: Vocabulary) -> Table:
-    numbers = told(realised([batch], vocab))
+def _statistics(batch: Batch, vocab: Vocabulary, heads: Sequence[Head]) -> Table:
+    numbers = told(realised([batch], vocab, heads))
     numbers.append((f"{batch.inputs.shape[0]:,}", f"rows of {batch.inputs.shape[1]:,} positions"))
     numbers.append((f"{len(batch.attention.spans()):,}", "documents or pieces of them"))
     numbers += [(f"{target.total:,.0f}", f"{name}: divisor of the summed loss") for name, target in batch.targets.items()]
@@ -268,6 +268,10 @@ MEANING: Mapping[str, tuple[str, str]] = {
     "useful": ("{:.1%}", "of the positions are not padding"),
     "ahead": ("{:.1%}", "of these see beyond themselves"),
     "targets": ("{:.1%}", "of the positions in use are predicted"),
+    "rate": ("{:.1%}", "of the words are predicted"),
+    "rewritten": ("{:.1%}", "of the documents are rewritten"),
+    "spm": ("{:.1%}", "of these have the suffix first"),
+    "samples": ("{:.1%}", "of the samples"),
     "mask": ("{:.1%}", "of the predicted are masked"),
     "random": ("{:.1%}", "of the predicted are a random word"),
     "kept": ("{:.1%}", "of the predicted are kept"),

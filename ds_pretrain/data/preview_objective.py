@@ -24,7 +24,8 @@ from ds_pretrain.core import rng
 from ds_pretrain.core.attention import Span
 from ds_pretrain.core.batch import Batch, Document, Example
 from ds_pretrain.core.vocabulary import Vocabulary
-from ds_pretrain.data.collate import collate, realised
+from ds_pretrain.data.audit import Audit
+from ds_pretrain.data.collate import collate
 from ds_pretrain.data.dataset import Cursor, Row, Samples, refuse
 from ds_pretrain.data.preview import (
     LINES,
@@ -148,10 +149,12 @@ def view(data: Samples, token_text: Callable[[int], str], rows: int | None = Non
     taken = _taken(data, SAMPLED)
     batch = data.collate(taken)
     reader = Reader.of(batch, vocab, token_text, objective.heads)
-    numbers = told(realised([batch], vocab), objective.expected)
+    audit = Audit(objective, vocab)
+    audit.add([batch])
+    numbers = told(audit.shares, objective.expected)
     numbers += _class_rates(objective, batch)
     several = len(data.variants) > 1
-    numbers += _component_rates(data, taken, batch) if several else _marker_rates(batch, vocab, token_text)
+    numbers += _component_rates(batch) if several else _marker_rates(batch, vocab, token_text)
     numbers.append((f"{sum(map(len, taken)):,}", f"examples of at most {data.seq_len:,} positions were looked at"))
     made = list(islice(_made(data, taken), CANDIDATES))
     shown = _differing(made, reader, rows)
@@ -301,13 +304,11 @@ def _sight(batch: Batch, span: Span) -> str:
     return f"{prefix} see ahead"
 
 
-def _component_rates(data: Samples, rows: Sequence[Row], batch: Batch) -> list[tuple[str, str]]:
-    """What each component of a mixture gets: of the samples, and of the positions that bear loss."""
-    samples = data.consumed(rows)
+def _component_rates(batch: Batch) -> list[tuple[str, str]]:
+    """What each component of a mixture gets of the positions that bear loss."""
     scored = {name: int((target.weights != 0).sum()) for name, target in batch.targets.items()}
-    found = [(f"{n / samples.total():.1%}", f"{name}: of the samples") for name, n in sorted(samples.items())]
     every = max(1, sum(scored.values()))
-    return found + [(f"{n / every:.1%}", f"{name}: of the loss tokens") for name, n in scored.items()]
+    return [(f"{n / every:.1%}", f"{name}: of the loss tokens") for name, n in scored.items()]
 
 
 def _class_rates(objective: Objective, batch: Batch) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ds_pretrain.core.attention import Kind
-from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout
+from ds_pretrain.core.batch import Batch, Comm, Count, Document, Example, Head, Readout
 from ds_pretrain.core.registry import Registry, unknown
 from ds_pretrain.core.vocabulary import Vocabulary
 
@@ -104,7 +104,11 @@ class Objective(ABC):
 
     @property
     def expected(self) -> Mapping[str, float]:
-        """Statistics of `data.collate.realised` that this objective promises, to be held against what comes out."""
+        """Shares that this objective promises, of `data.collate.counted` and its own `counted`, by the same keys."""
+        return {}
+
+    def counted(self, batch: Batch, vocab: Vocabulary) -> Mapping[str, Count]:
+        """What only this objective can count in its batches (HEAD/what): rewritten documents, shares of components."""
         return {}
 
     @property

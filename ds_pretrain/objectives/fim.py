@@ -8,13 +8,13 @@ inference; where a part's tokens do not spell its text (a piece that starts insi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from ds_pretrain.core.batch import Document, Example, Head
+from ds_pretrain.core.batch import Batch, Count, Document, Example, Head
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.causal import CausalLanguageModeling
@@ -77,6 +77,17 @@ class FillInTheMiddle(Objective):
         if rng.random() < self.rate:
             tokens, before = self._rewrite(tokens[tokens != vocab.eod], vocab, rng), vocab.eod
         return prefixed(np.concatenate(([before], tokens)), 1, "fim")
+
+    @property
+    def expected(self) -> Mapping[str, float]:
+        return {"fim/rewritten": self.rate, "fim/spm": self.spm}
+
+    def counted(self, batch: Batch, vocab: Vocabulary) -> Mapping[str, Count]:
+        pre, suf = (vocab.names[name] for name in NAMES[:2])
+        starts = int(((batch.position == 0) & (batch.attention.segment != 0)).sum())
+        rewritten = int((batch.inputs == pre).sum())
+        spm = int(((batch.inputs[:, :-1] == pre) & (batch.inputs[:, 1:] == suf)).sum())
+        return {"fim/rewritten": (rewritten, starts), "fim/spm": (spm, rewritten)}
 
     def _rewrite(self, tokens: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
         a, b, c = self._parts(tokens, vocab, rng)

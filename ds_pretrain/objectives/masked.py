@@ -64,10 +64,11 @@ class MaskedLanguageModeling(Objective):
 
     @property
     def expected(self) -> Mapping[str, float]:
+        rate = {"mlm/rate": self.mask_prob}
         if self.unit == "span":  # the fate of a span is one draw for all of it
-            return {}
+            return rate
         kept = 1 - self.mask_token_prob - self.random_token_prob
-        return {"mlm/mask": self.mask_token_prob, "mlm/random": self.random_token_prob, "mlm/kept": kept}
+        return {**rate, "mlm/mask": self.mask_token_prob, "mlm/random": self.random_token_prob, "mlm/kept": kept}
 
     def piece(self, max_len: int) -> int:
         return max_len - 2

@@ -17,11 +17,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ds_pretrain.core import rng as random
 from ds_pretrain.core.attention import Kind
-from ds_pretrain.core.batch import Batch, Comm, Document, Example, Head, Readout
+from ds_pretrain.core.batch import Batch, Comm, Count, Document, Example, Head, Readout
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import LAST_ORDINAL, Objective, Variant, create, register
 
@@ -175,7 +176,27 @@ class Composite(Objective):
 
     @property
     def expected(self) -> Mapping[str, float]:
-        return {c.told(key): share for c in self._distinct for key, share in c.objective.expected.items()}
+        """What the components promise of their own targets, and their shares of the samples where these do not change."""
+        found = {c.told(key): share for c in self._distinct for key, share in c.objective.expected.items()}
+        first, last = (self.shares(np.array([ordinal]))[0] for ordinal in (0, LAST_ORDINAL))
+        if self.pooled or not np.array_equal(first, last):  # a contrastive sample is several segments
+            return found
+        for component, share in zip(self.components, first / first.sum(), strict=True):
+            key = f"{component.name}/samples"
+            found[key] = found.get(key, 0.0) + float(share)
+        return found
+
+    def counted(self, batch: Batch, vocab: Vocabulary) -> Mapping[str, Count]:
+        """Of all segments those of each component: the ones that hold a target of its."""
+        segment = batch.attention.segment
+        number = segment + torch.arange(len(segment))[:, None] * (segment.shape[1] + 1)
+        every = int(number[segment != 0].unique().numel())
+        found: dict[str, Count] = {}
+        for component in self._distinct:
+            names = [component.head(head.name) for head in component.objective.heads]
+            scored = torch.stack([batch.targets[name].weights != 0 for name in names]).any(0) & (segment != 0)
+            found[f"{component.name}/samples"] = (int(number[scored].unique().numel()), every)
+        return found
 
     @property
     def tallied(self) -> tuple[str, ...]:

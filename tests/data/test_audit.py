@@ -39,4 +39,18 @@ class Wrong(MaskedLanguageModeling):
 def test_a_broken_promise_is_told_once_with_the_numbers():
     _, told = audited(create("mlm"), Wrong())
     (text,) = told
-    assert text.startswith("warning: mlm/mask is ") and "positions, 90.00% were asked for" in text
+    assert text.startswith("warning: mlm/mask is ") and text.endswith(", 90.00% were asked for")
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "told"),
+    [
+        ({"name": "mlm", "mask_prob": 0.3}, {"name": "mlm"}, "mlm/rate"),
+        ({"name": "fim", "rate": 0.2}, {"name": "fim"}, "fim/rewritten"),
+        ({"name": "fim", "spm": 0.0}, {"name": "fim"}, "fim/spm"),
+        ({"name": "ul2", "r": 0.0}, {"name": "ul2"}, "r/samples"),
+    ],
+)
+def test_what_was_not_asked_for_is_told(made, asked, told):
+    _, found = audited(create(**made), create(**asked))
+    assert any(text.startswith(f"warning: {told} is ") for text in found), found

@@ -100,7 +100,7 @@ def test_any_reader_sees_the_same_rows(name):
 def test_rows_are_planned_with_little_waste_and_never_overfilled(name):
     data = dataset(name)
     batch = data.collate(epoch_of_rows(data, 0))
-    share = realised([batch], VOCAB)["useful"]
+    share = realised([batch], VOCAB, data.objective.heads)["useful"]
     assert share <= 1 - data.waste() + 0.02
     if data.objective.packed:
         assert data.waste() < (0.15 if len(data.variants) > 1 else 0.03)  # their longest pieces fit the largest only
@@ -350,13 +350,13 @@ def test_partners_come_from_another_document():
 
 def test_the_audit_reports_what_was_asked_for():
     data = dataset("mlm", corpus(2000))
-    found = realised([data.collate(epoch_of_rows(data, 0))], VOCAB)
+    found = realised([data.collate(epoch_of_rows(data, 0))], VOCAB, data.objective.heads)
     assert found["mlm/mask"] == pytest.approx(0.8, abs=0.01)
     assert found["mlm/random"] == pytest.approx(0.1, abs=0.01)
     assert found["mlm/kept"] == pytest.approx(0.1, abs=0.01)
     assert sum(found[f"mlm/{key}"] for key in ("mask", "random", "kept")) == pytest.approx(1)
     clm = dataset("clm")
-    assert set(realised([clm.collate(clm.rows(Cursor(), 4)[0])], VOCAB)) == {"useful", "clm/targets"}
+    assert set(realised([clm.collate(clm.rows(Cursor(), 4)[0])], VOCAB, clm.objective.heads)) == {"useful", "clm/targets"}
 
 
 def test_a_tokenizer_that_did_not_prepare_the_data_is_refused(monkeypatch):

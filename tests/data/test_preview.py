@@ -314,7 +314,7 @@ def test_spans_are_counted_by_their_sentinels():
     inputs = [300, a, 301, 302, b, eod, a, 310, 311, b, 312, 0]
     labels = [0, 0, 0, 0, 0, a, 310, 311, b, 312, eod, 0]
     weights = [0] * 5 + [1] * 6 + [0]
-    found = realised([by_hand(inputs, labels, weights, [1] * 11 + [0])], VOCAB)
+    found = realised([by_hand(inputs, labels, weights, [1] * 11 + [0])], VOCAB, [Head("lm")])
     assert found["lm/spans"] == 2 and found["lm/span_length"] == 1.5
     assert found["lm/cut"] == pytest.approx(3 / 6)  # 300, 301 and 302 stay
     assert "ahead" not in found
@@ -322,7 +322,7 @@ def test_spans_are_counted_by_their_sentinels():
 
 def test_classes_over_masked_inputs_have_no_fate():
     data = samples_of(TEXTS, TOKENIZER, 64, create("electra"), 0)
-    found = realised([data.collate(data.rows(Cursor(), 20)[0])], data.vocab)
+    found = realised([data.collate(data.rows(Cursor(), 20)[0])], data.vocab, data.objective.heads)
     assert "mlm/mask" in found and "rtd/targets" in found and "rtd/mask" not in found
 
 

@@ -1,5 +1,7 @@
 """A frozen model: scores and text from a checkpoint, whatever trained it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -83,8 +85,8 @@ class Counting:
     class objective:
         measure, name = "bound", "counting"
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self, positions=100):
+        self.seen, self.build = [], SimpleNamespace(model=SimpleNamespace(positions=positions))
 
     def logits_at(self, tokens, chosen):
         self.seen.append(int(chosen.sum()))
@@ -107,3 +109,8 @@ def test_unmasking_uncovers_the_surest_first_block_by_block():
 
 def trained_for(name):
     return type("Model", (), {"objective": create(name)})()
+
+
+def test_unmasking_more_than_there_are_positions_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"a prompt of 2 tokens and 10 new ones are more than the 11 positions .* at most 9"):
+        unmask(Counting(11), [50, 51], 99, frozenset({99}), 10)

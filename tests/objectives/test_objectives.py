@@ -206,6 +206,7 @@ def test_fields_are_the_parameters_and_numbers_are_numbers():
         with pytest.raises(ValueError, match=r"objective.mask_prob of mlm is a number, got"):
             create("mlm", mask_prob=wrong)
     assert create("mixture", weights={"mlm": 1, "x": 1}, options={"x": {"name": "mlm", "mask_token_prob": 0.5}}).expected == {
+        "mlm/rate": 0.15, "x/rate": 0.15, "mlm/samples": 0.5, "x/samples": 0.5,
         "mlm/mask": 0.8, "mlm/random": 0.1, "mlm/kept": pytest.approx(0.1),
         "x/mask": 0.5, "x/random": 0.1, "x/kept": pytest.approx(0.4),
     }  # fmt: skip
