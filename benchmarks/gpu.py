@@ -49,7 +49,7 @@ from ds_pretrain.training.metrics import mfu, step_flops
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
 PARITY_STEPS = 5
-PARITY_LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-4, 8e-2)}
+PARITY_LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 8e-2)}
 """Loss of any step and first gradient of the worst parameter, relative. bf16: three times a CPU's."""
 FLEX_LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 2e-2)}
 """Output and gradients, relative, against fp32 SDPA."""

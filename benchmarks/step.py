@@ -41,7 +41,7 @@ from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.dataset import Cursor, Samples
-from ds_pretrain.evaluation.parity import parameter_shapes
+from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.presets import PRESETS
 from ds_pretrain.objectives import create
@@ -187,7 +187,7 @@ class PlainLoop:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         model = PlainModel(recipe.model)
-        model.load_state_dict(initial_weights(recipe.model))
+        model.load_state_dict(initial_weights(recipe))
         self.model = model.to(device)
         self.parameters = list(model.parameters())
         decayed, rest = ([p for p in self.parameters if (p.ndim > 1) == matrix] for matrix in (True, False))
@@ -245,11 +245,12 @@ def deepspeed_json(precision: str, rows: int, clip: float = OPTIMIZER.clip) -> d
     return {**config, **sizes, **owned}
 
 
-def initial_weights(model: ModelConfig) -> dict[str, Tensor]:
+def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     """What our engine starts from, under the same names."""
     from ds_pretrain.models.transformer import initial_value
 
-    return {name: initial_value(name, shape, model, SEED) for name, shape in parameter_shapes(model).items()}
+    shapes = parameter_shapes(recipe.model, create(recipe.objective))
+    return {name: initial_value(name, shape, recipe.model, SEED) for name, shape in shapes.items()}
 
 
 class Documents:

@@ -315,11 +315,12 @@ def parity(
 ) -> None:
     """Train small models for every objective under every layout and print their distance from plain PyTorch."""
     from ds_pretrain.evaluation import parity as check
+    from ds_pretrain.parallel.mesh import place
 
     if mutants or resume:
         _of_layouts(mutants)
         return
-    sizes = [int(size) for size in world.split(",")]
+    sizes = [place().world] if place().world > 1 else [int(size) for size in world.split(",")]
     names, plans = ([name for name in text.split(",") if name] for text in (objectives, layouts))
     results = check.run(sizes, names, plans, steps, quick)
     if results is None:

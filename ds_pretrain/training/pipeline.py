@@ -15,6 +15,10 @@ from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.engine import Engine
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
 
+WHOLE = {"pipe_partitioned": False, "grad_partitioned": False}
+"""DeepSpeed cuts what travels between stages over the tensor ranks, which it takes for copies. Under sequence parallelism each
+has another part of the sequence, and all of it must travel."""
+
 
 class PipelineEngine(Engine):
     """One or more layers per stage, 1F1B over the micro-batches of a step."""
@@ -29,9 +33,8 @@ class PipelineEngine(Engine):
         prepare_parameters(module, self.build)
         initialise(module, self.build, self.seed)
         torch_optimizer = adamw(optimizer, module, offloads(config))
-        if self.build.megatron.sequence_parallel:  # each tensor rank has another part of the sequence, not a copy to cut up
-            whole = {"pipe_partitioned": False, "grad_partitioned": False}
-            config = {**config, "pipeline": {**config.get("pipeline", {}), **whole}}
+        if self.build.megatron.sequence_parallel:
+            config = {**config, "pipeline": {**config.get("pipeline", {}), **WHOLE}}
         return deepspeed.initialize(model=module, optimizer=torch_optimizer, config=config)[0]
 
     def _train(self, batches: Sequence[Batch]) -> float | None:

@@ -67,6 +67,8 @@ def difference(whole, part):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_resume_is_bitwise_under_every_layout(world, data, tmp_path):
     legal = [case for case in cases(world, ["clm"]) if case.illegal is None]
+    if world == 4:  # what two ranks cannot have
+        legal = [case for case in legal if case.plan.pipeline > 1 or (case.plan.tensor > 1 and not case.plan.sequence)]
     layouts = list(dict.fromkeys((case.plan, case.stage) for case in legal))
     todo = [(plan, stage, ("clm", "mlm")[i % 2], False) for i, (plan, stage) in enumerate(layouts)]
     todo += [(plan, 1, "clm", True) for plan in dict.fromkeys(plan for plan, _ in layouts)]
