@@ -124,7 +124,7 @@ def test_preview_of_all_objectives(tmp_path):
         (["span_coruption"], "did you mean the objective 'span_corruption' or the run 'quickstart_span_corruption'?"),
         (["quickstart_mlmm"], "did you mean the run 'quickstart_mlm'?"),
         ([], "name an objective or a run, or use --all"),
-        (["nsp", "--text", "hello there"], "too short for nsp: it takes 2 documents of 2 tokens at least"),
+        (["nsp", "--text", "hello there"], "too short for nsp: it takes 2 documents of 4 tokens at least"),
         (["mlm", "--text", ""], "too short for mlm"),
         (["mlm", "objective.mask_pro=0.3"], "did you mean 'mask_prob'?"),
         (["mlm", "objective.mask_prob=2"], "mask_prob must lie between 0 and 1, got 2"),
