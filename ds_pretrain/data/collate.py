@@ -47,13 +47,17 @@ class Layout(NamedTuple):
         """Where the examples start."""
         return self.starts[self.segments > 0]
 
-    def position(self) -> np.ndarray:
-        """Positions restart with every stretch."""
+    def position(self, reset: bool) -> np.ndarray:
+        """From 0 on in every stretch, or in every row."""
+        rows, seq_len = self.shape
+        if not reset:
+            return np.tile(np.arange(seq_len), rows)
         start = np.repeat(self.starts, self.lengths)
         return np.subtract(np.arange(len(start)), start, out=start)
 
-    def segment(self) -> np.ndarray:
-        return np.repeat(self.segments, self.lengths)
+    def segment(self, reset: bool) -> np.ndarray:
+        """One of its own for every example, or one for all examples of a row."""
+        return np.repeat(self.segments if reset else np.minimum(self.segments, 1), self.lengths)
 
     def padding(self) -> list[slice]:
         """The stretches of padding that are not empty."""
@@ -184,11 +188,10 @@ def _batch(
     token_type: Tensor | None = None,
 ) -> Batch:
     shape = layout.shape
-    attention = AttentionPattern(
-        _plane(layout.segment(), shape), _plane(horizon.astype(np.int32, copy=False), shape), objective.kind
-    )
-    inputs = inputs.astype(np.int64, copy=False)
-    return Batch(_plane(inputs, shape), _plane(layout.position(), shape), attention, targets, token_type)
+    segment = _plane(layout.segment(objective.reset_attention), shape)
+    attention = AttentionPattern(segment, _plane(horizon.astype(np.int32, copy=False), shape), objective.kind)
+    position = _plane(layout.position(objective.reset_position), shape)
+    return Batch(_plane(inputs.astype(np.int64, copy=False), shape), position, attention, targets, token_type)
 
 
 def _padding(length: int, pad: int) -> Example:

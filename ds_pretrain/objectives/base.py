@@ -66,6 +66,10 @@ class Objective(ABC):
     """Whether a document must be one example: none may be longer than a piece, and each is looked at before training."""
     packed: ClassVar[bool] = True
     """Whether several examples may share a row."""
+    reset_position: ClassVar[bool] = True
+    """Whether positions restart with every example of a row."""
+    reset_attention: ClassVar[bool] = True
+    """Whether the examples of a row are hidden from each other; only causal attention leaves a choice."""
 
     @property
     def likelihood(self) -> Objective | None:

@@ -2,13 +2,15 @@
 
 The first token of a document is predicted from the end-of-document id, the first of a later piece from the token before
 it, so the pieces of a long document predict each token exactly once: nothing is skipped at a cut and nothing repeated.
-(Radford et al. 2018.)
+What a document's end does is three switches, as in Megatron-LM (`--reset-position-ids`, `--reset-attention-mask`,
+`--eod-mask-loss`): with both resets off a row is one running text, as GPT-2 was trained (Radford et al. 2018, 2019).
+Evaluation always resets: the likelihood of a document does not depend on the one before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,13 +22,22 @@ from ds_pretrain.objectives.base import Objective, register
 @register("clm")
 @dataclass(frozen=True, kw_only=True)
 class CausalLanguageModeling(Objective):
-    """The GPT objective. `eod_loss`: whether the end-of-document token is a target like any other."""
+    """The GPT objective."""
 
     eod_loss: bool = True
+    """Whether the end-of-document token is a target like any other."""
+    reset_position: bool = True  # type: ignore[misc]
+    """Whether positions restart with every document."""
+    reset_attention: bool = True  # type: ignore[misc]
+    """Whether a document is hidden from those behind it in its row."""
 
     heads = (Head("clm"),)
     kind = "causal"
     measure = "likelihood"
+
+    @property
+    def evaluated(self) -> Objective:
+        return replace(self, reset_position=True, reset_attention=True)
 
     def piece(self, max_len: int) -> int:
         return max_len

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ds_pretrain.core.batch import Batch, Count, Document, Example, Head
-from ds_pretrain.core.vocabulary import Vocabulary
+from ds_pretrain.core.vocabulary import Codec, Vocabulary
 from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.causal import CausalLanguageModeling
 from ds_pretrain.objectives.prefix import prefixed
@@ -67,8 +67,11 @@ class FillInTheMiddle(Objective):
         problems = vocab.lacks(self.name, NAMES)
         if max_len < 8 + self.added:
             problems.append(f"batch.seq_len {max_len} is too short for fim: at least {8 + self.added} positions are needed")
-        if self.cut == "character" and vocab.codec is None:
-            problems.append("fim with cut=character needs the tokenizer's text: use cut=token")
+        if self.cut == "character" and not _joins(vocab.codec):
+            problems.append(
+                "fim with cut=character needs a tokenizer whose parts of a text join to the text, as byte-level BPE does; "
+                "this one puts a space between them: use objective.cut=token"
+            )
         return problems
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
@@ -108,3 +111,8 @@ class FillInTheMiddle(Objective):
                 return parts
         i, j = sorted(int(x) for x in where * (len(tokens) + 1))
         return tokens[:i], tokens[i:j], tokens[j:]
+
+
+def _joins(codec: Codec | None) -> bool:
+    """Whether a word that is cut is the same word again (sentencepiece and WordPiece start a new one)."""
+    return codec is not None and codec.decode([*codec.encode("a").tolist(), *codec.encode("b").tolist()]) == "ab"

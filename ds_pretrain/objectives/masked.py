@@ -4,7 +4,8 @@ Of the chosen positions 80% become [MASK], 10% a random word of the real vocabul
 Special tokens are never chosen and never inserted; the count comes from real tokens, not from the padded length. Two
 ways to choose: exactly max(1, round(p * n)) positions as BERT's own data generator does, or each position by its own
 coin as `transformers` does. Three units of choice: tokens, whole words (found from the text of the ids, so for any
-tokenizer), or spans of words with geometric lengths (SpanBERT, Joshi et al. 2020), whose fate is drawn once per span.
+tokenizer), or spans of words, whose fate is drawn once per span, with geometric lengths (SpanBERT, Joshi et al. 2020) or
+with probability 1/n for n words (ALBERT, Lan et al. 2020).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class MaskedLanguageModeling(Objective):
     """What is chosen together: single tokens, whole words, or spans of whole words."""
     span_prob: float = 0.2
     """Parameter of the geometric distribution of span lengths, in words."""
+    span_lengths: Literal["geometric", "harmonic"] = "geometric"
+    """Distribution of span lengths: SpanBERT's geometric one, or ALBERT's, in which n words have a probability of 1/n."""
     span_max: int = 10
     """Longest span, in words."""
 
@@ -59,6 +62,8 @@ class MaskedLanguageModeling(Objective):
             raise ValueError(f"unit must be 'token', 'word' or 'span', got {self.unit!r}")
         if self.unit == "span" and self.selection == "bernoulli":
             raise ValueError("spans are drawn until a count is reached: use selection='exact' with unit='span'")
+        if self.span_lengths not in ("geometric", "harmonic"):
+            raise ValueError(f"span_lengths must be 'geometric' or 'harmonic', got {self.span_lengths!r}")
         if not 0 < self.span_prob <= 1 or self.span_max < 1:
             raise ValueError(f"span_prob {self.span_prob} must lie in (0, 1] and span_max {self.span_max} be at least 1")
 
@@ -100,11 +105,14 @@ class MaskedLanguageModeling(Objective):
         elif len(maskable):
             word = np.cumsum(vocab.word_starts(labels))[maskable]
             starts = np.flatnonzero(np.diff(word, prepend=-1))
-            words = np.split(maskable, starts[1:])
-            count = self._count(len(maskable))
-            taken = self._spans(words, count, rng) if self.unit == "span" else self._words(words, count, rng)
-            for number, positions in enumerate(taken):
-                group[positions] = number if self.unit == "span" else positions
+            if self.unit == "word":
+                lengths = np.diff(starts, append=len(maskable))
+                chosen = maskable[np.repeat(self._words(lengths, rng), lengths)]
+                group[chosen] = np.arange(len(chosen))
+            else:
+                words = np.split(maskable, starts[1:])
+                for number, positions in enumerate(self._spans(words, self._count(len(maskable)), rng)):
+                    group[positions] = number
         return group
 
     def _count(self, maskable: int) -> int:
@@ -115,20 +123,22 @@ class MaskedLanguageModeling(Objective):
             return np.flatnonzero(rng.random(maskable) < self.mask_prob)
         return rng.permutation(maskable)[: self._count(maskable)]
 
-    def _words(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Words in random order, each that still fits the count (one at least); or each by its own coin."""
+    def _words(self, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Bool [words]: those chosen, in random order each that still fits the count (one at least); or by their own coins."""
         if self.selection == "bernoulli":
-            yield from (words[i] for i in self._choose(len(words), rng))
-            return
-        left, order = count, rng.permutation(len(words))
-        for i in order:
-            if len(words[i]) <= left:
-                yield words[i]
-                left -= len(words[i])
-            if left <= 0:
-                return
-        if left == count:
-            yield words[order[0]]
+            return rng.random(len(lengths)) < self.mask_prob
+        count, order = self._count(int(lengths.sum())), rng.permutation(len(lengths))
+        sizes = lengths[order]
+        taken = np.cumsum(sizes) <= count
+        left, at = count - int(sizes[taken].sum()), int(np.count_nonzero(taken))
+        while len(fits := np.flatnonzero(sizes[at:] <= left)):
+            at += int(fits[0]) + 1
+            taken[at - 1] = True
+            left -= int(sizes[at - 1])
+        taken[0] |= not taken.any()
+        chosen = np.zeros(len(lengths), dtype=bool)
+        chosen[order[taken]] = True
+        return chosen
 
     def _spans(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Spans of adjacent free words until the count is reached; the last one is cut to what is left of it."""
@@ -147,8 +157,9 @@ class MaskedLanguageModeling(Objective):
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        """Probabilities of span lengths 1 to span_max: geometric, cut off and normalised as SpanBERT does."""
-        weights = self.span_prob * (1 - self.span_prob) ** np.arange(self.span_max)
+        """Probabilities of span lengths 1 to span_max, normalised."""
+        n = np.arange(1.0, self.span_max + 1)
+        weights = 1 / n if self.span_lengths == "harmonic" else (1 - self.span_prob) ** (n - 1)
         return weights / weights.sum()
 
     def _corrupt(self, tokens: np.ndarray, group: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:

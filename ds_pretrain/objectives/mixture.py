@@ -249,10 +249,15 @@ class Mixture(Composite):
             told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
             if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError(f"weights of a mixture must not be negative and not all be 0; at sample {when}: {told}")
+        self._check_components()
+
+    def _check_components(self) -> None:
         if inner := [c.name for c in self.components if isinstance(c.objective, Mixture)]:
             raise ValueError(f"{', '.join(inner)} cannot be a component of a mixture: write its components and weights out")
         if double := [c.name for c in self.components if c.objective.generator]:
             raise ValueError(f"{', '.join(double)} trains two networks and cannot be mixed with others")
+        if running := [c.name for c in self.components if not (c.objective.reset_position and c.objective.reset_attention)]:
+            raise ValueError(f"{', '.join(running)}: reset_position and reset_attention stay true in a mixture")
         if strange := set(self.options) - {component.name for component in self.components}:
             raise ValueError(f"options for {', '.join(sorted(strange))}, which has no weight")
 

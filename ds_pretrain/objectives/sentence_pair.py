@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -100,7 +100,7 @@ class NextSentencePrediction(SentencePair):
 class SentenceOrderPrediction(SentencePair):
     """Two consecutive segments of one document, swapped half of the time.
 
-    Their lengths are two draws from one distribution, up to a third of the piece in words, and they lie anywhere inside it:
+    Their lengths are two draws from one distribution, up to half of the piece in words, and they lie anywhere inside it:
     nothing but the text says which of the two comes first. (Cut at sentence ends, or at the ends of a document, a linear
     probe on lengths and punctuation finds the answer with an AUC of 0.55 to 0.67.)
     """
@@ -114,7 +114,7 @@ class SentenceOrderPrediction(SentencePair):
         places = np.flatnonzero(vocab.word_starts(doc.tokens))[1:]
         if len(places) < ENOUGH:
             places = np.arange(1, len(doc.tokens))
-        longest = self._shorter((len(places) - 1) // 3, rng)
+        longest = self._shorter((len(places) - 1) // 2, rng)
         before, after = (int(x) for x in rng.integers(1, longest + 1, 2))
         start = int(rng.integers(len(places) - before - after))
         begin, cut, end = places[[start, start + before, start + before + after]]
@@ -151,6 +151,13 @@ class Bert(_WithMasking, NextSentencePrediction):
 @register("albert")
 @dataclass(frozen=True, kw_only=True)
 class Albert(_WithMasking, SentenceOrderPrediction):
-    """Masked LM and sentence-order prediction."""
+    """Masked LM of up to three words at once, and sentence-order prediction."""
+
+    unit: Literal["token", "word", "span"] = "span"
+    """What is chosen together; n words with a probability of 1/n is ALBERT's."""
+    span_lengths: Literal["geometric", "harmonic"] = "harmonic"
+    """Distribution of span lengths."""
+    span_max: int = 3
+    """Longest span, in words."""
 
     heads = (Head("mlm"), Head("sop", classes=2))

@@ -9,6 +9,7 @@ which is a hard negative for everybody. The pool of negatives is the whole step,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,6 +39,8 @@ class SimCSE(Objective):
     """Tokens of a sentence at most; longer documents are cut into as many."""
     supervised: bool = False
     """Documents are three lines: sentence, entailed, contradicting."""
+    hard_negative_weight: float = 1.0
+    """How many other negatives a sentence's own hard negative counts for (alpha of the paper's equation 8)."""
     mlm_weight: float = 0.0
     """Factor of a masked LM loss on a third, masked view (the paper's ablation: 0.1)."""
     mlm: MaskedLanguageModeling = field(default_factory=MaskedLanguageModeling)
@@ -54,6 +57,8 @@ class SimCSE(Objective):
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.length < 1 or self.mlm_weight < 0:
             raise ValueError(f"length {self.length} must be positive and mlm_weight {self.mlm_weight} not negative")
+        if self.hard_negative_weight <= 0:
+            raise ValueError(f"hard_negative_weight must be positive, got {self.hard_negative_weight}")
 
     @cached_property
     def heads(self) -> tuple[Head, ...]:  # type: ignore[override]
@@ -126,10 +131,13 @@ class SimCSE(Objective):
         kind = kind[kind > 0]
         anchors, positives, negatives = (found[kind == k] for k in (ANCHOR, POSITIVE, NEGATIVE))
         keys, first = comm.gather(positives)
-        if self.supervised:
-            keys = torch.cat([keys, comm.gather(negatives)[0]])
         own = first + torch.arange(len(anchors), device=keys.device)
-        return anchors @ keys.t() / self.temperature, own
+        similarity = anchors @ keys.t() / self.temperature
+        if not self.supervised:
+            return similarity, own
+        hard = anchors @ comm.gather(negatives)[0].t() / self.temperature
+        weight = F.one_hot(own, hard.shape[1]) * math.log(self.hard_negative_weight)
+        return torch.cat([similarity, hard + weight], dim=1), own
 
     @staticmethod
     def _lines(tokens: np.ndarray, vocab: Vocabulary) -> list[np.ndarray]:

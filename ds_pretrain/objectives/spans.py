@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,12 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sequence[int]) -> t
     return inputs, np.insert(tokens[mask], at, marks[first])
 
 
+@lru_cache
+def _longest(objective: SpanCorruption, max_len: int) -> int:
+    """Tokens of the longest text whose example has at most `max_len` positions."""
+    return int(np.flatnonzero(objective.size(np.arange(max_len + 1)) <= max_len)[-1])
+
+
 @register("span_corruption")
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption(Objective):
@@ -84,8 +91,7 @@ class SpanCorruption(Objective):
             raise ValueError(f"mean_span must be at least 1 token, got {self.mean_span}")
 
     def piece(self, max_len: int) -> int:
-        fits = np.flatnonzero(self.size(np.arange(max_len + 1)) <= max_len)
-        return int(fits[-1])
+        return _longest(self, max_len)
 
     def size(self, tokens: np.ndarray) -> np.ndarray:
         """Text, a sentinel on both sides for each span (one more where rolling cuts a span in two), two ends; shifted."""

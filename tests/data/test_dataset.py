@@ -1,5 +1,6 @@
 """The stream of rows: exactly once per epoch, the same for every reader; planes that keep examples apart."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -144,13 +145,17 @@ def test_totals_are_summed_over_rows(name):
         assert target.total == pytest.approx(sum(e.targets[head].total for e in examples if head in e.targets))
 
 
-@pytest.mark.parametrize("eod_loss", [True, False])
-def test_the_fast_way_of_clm_equals_the_examples(eod_loss):
-    objective = CausalLanguageModeling(eod_loss=eod_loss)
+@pytest.mark.parametrize("switches", itertools.product([True, False], repeat=3))
+def test_the_fast_way_of_clm_equals_the_examples(switches):
+    eod_loss, position, attention = switches
+    objective = CausalLanguageModeling(eod_loss=eod_loss, reset_position=position, reset_attention=attention)
     data = dataset(objective)
     rows = [*epoch_of_rows(data, 0), (), *epoch_of_rows(data, 1)[:5]]
     slow = collate([[data.example(s) for s in row] for row in rows], objective, VOCAB, SEQ)
     assert equal(data.collate(rows), slow)
+    several = [i for i, row in enumerate(rows) if len(row) > 1]
+    assert (slow.attention.segment[several].amax() == 1) == (not attention)
+    assert torch.equal(slow.position[several], torch.arange(SEQ).expand(len(several), -1)) == (not position)
 
 
 @objectives

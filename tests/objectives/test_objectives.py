@@ -149,6 +149,7 @@ def test_the_total_is_the_sum_of_the_weights_or_says_otherwise(name):
 def test_a_position_is_never_shown_the_answer_that_it_is_asked_for(name):
     """Of a head over the vocabulary: a later position is the label of an earlier one only where the earlier cannot see it,
     and a position that predicts itself reads its own token by intent alone (the kept 10% of masked LM)."""
+    shown = asked = 0
     for objective, _, e in made(name):
         words = {head.name for head in objective.heads if head.classes is None}
         for part in parts(e):
@@ -156,10 +157,10 @@ def test_a_position_is_never_shown_the_answer_that_it_is_asked_for(name):
                 at = np.flatnonzero(part.targets[head].weights)
                 labels = part.targets[head].labels
                 if (part.inputs == VOCAB.mask).any():  # hides: shows what it asks for by intent alone
-                    shown = (part.inputs == labels)[at].sum()
-                    assert shown <= 3 + 0.4 * len(at)
+                    shown, asked = shown + (part.inputs == labels)[at].sum(), asked + len(at)
                 elif len(labels) > 1 and np.array_equal(labels[:-1], part.inputs[1:]):  # predicts the next token
                     assert (part.horizon[at] <= at).all()
+    assert shown <= 0.16 * asked  # 15% of electra's are kept
 
 
 @objectives

@@ -215,6 +215,15 @@ def test_fim_gives_the_document_back(cut):
     assert (found["anew"] > 600) == (cut == "character")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "sp_bpe", "wordpiece"])
+def test_characters_are_cut_only_where_the_parts_join_again(kind):
+    """sentencepiece writes a part as if a word began there: a text cut inside a word would come back with a space."""
+    vocab = TextTokenizer.train(iter(TEXTS[:40]), vocab_size=900, kind=kind).vocabulary
+    assert create("fim", cut="token").check(vocab, 128) == []
+    refused = create("fim").check(vocab, 128)
+    assert not refused if kind == "bpe" else "use objective.cut=token" in refused[0]
+
+
 def test_fim_cuts_characters_uniformly_and_text_forges_no_marker():
     """Both cuts fall on each of the n + 1 places between n characters equally often, in text that spells the markers too."""
     text = "def f(x): # <fim_middle> <fim_suffix><fim_prefix> <eod> [NLU] <extra_id_0>"
@@ -317,29 +326,33 @@ def test_whole_words_agree_with_transformers():
         within((chosen[1:] & chosen[:-1]).sum(), len(chosen) - 1, 0.15**2)
 
 
-def spanbert_mask(length, count, random):
+GEOMETRIC, HARMONIC = 0.2 * 0.8 ** np.arange(10), 1 / np.arange(1, 4)
+"""Span lengths of SpanBERT (1 to 10 words) and of ALBERT (1 to 3)."""
+
+
+def span_mask(length, count, shares, random):
     """`PairWithSpanMaskingScheme.mask` of SpanBERT's code, for words of one token each."""
-    shares = 0.2 * 0.8 ** np.arange(10)
     mask = set()
     while len(mask) < count:
-        span, anchor = 1 + random.choice(10, p=shares / shares.sum()), random.integers(length)
+        span, anchor = 1 + random.choice(len(shares), p=shares / shares.sum()), random.integers(length)
         if anchor not in mask:
             mask.update([*range(anchor, min(anchor + span, length))][: count - len(mask)])
     return np.isin(np.arange(length), [*mask])
 
 
-def test_spans_are_as_long_as_those_of_spanbert():
-    """Sparse enough for spans not to touch: geometric up to 10 words, 3.8 on average, the last one cut to the budget."""
+@pytest.mark.parametrize(("fields", "shares"), [({}, GEOMETRIC), ({"span_lengths": "harmonic", "span_max": 3}, HARMONIC)])
+def test_spans_are_as_long_as_those_of_spanbert_and_albert(fields, shares):
+    """Sparse enough for spans not to touch, the last one cut to the budget."""
 
     def runs(masks):
         return Counter(len([*run]) for mask in masks for hidden, run in groupby(mask.tolist()) if hidden)
 
     words, random = Vocabulary.synthetic(), np.random.default_rng(3)
     vocab = replace(words, surfaces=lambda: [" word"] * words.size)
-    objective = create("mlm", unit="span", mask_prob=0.02)
+    objective = create("mlm", unit="span", mask_prob=0.02, **fields)
     ours = runs(e.targets["mlm"].weights == 1 for e in repeated(objective, [300] * 1000, 3000, vocab))
-    alike(ours, runs(spanbert_mask(1000, 20, random) for _ in range(3000)))
-    assert set(ours) >= {*range(1, 11)} and ours[1] < 0.4 * ours.total()
+    alike(ours, runs(span_mask(1000, 20, shares, random) for _ in range(3000)))
+    assert set(ours) >= {*range(1, len(shares) + 1)} and ours[1] < 1.3 * shares[0] / shares.sum() * ours.total() + 0.1
 
 
 @pytest.mark.parametrize("unit", ["span", "word"])
@@ -544,4 +557,8 @@ def test_simcse_is_the_loss_of_its_authors(n, start, supervised):
     ours = loss(z.flatten(0, 1))
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (ours, expected)))
+    heavy = replace(objective, hard_negative_weight=3.0)  # alpha of equation 8: the own hard negative counts as three
+    hard = torch.cat(others, 1) + math.log(3) * torch.eye(n, n * (parts - 1)).roll(n, 1) * supervised
+    found = heavy.loss(SimpleNamespace(embed=lambda head, chosen: z.flatten(0, 1)), batch, ONE)["simcse"] / n
+    torch.testing.assert_close(found, F.cross_entropy(hard, torch.arange(n)))
     assert loss(torch.ones(n * parts, 8)).item() == pytest.approx(start + supervised * math.log(2), abs=1e-4)
