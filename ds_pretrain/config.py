@@ -70,9 +70,11 @@ class ParallelConfig(_Section):
     """Pipeline stages."""
     sequence: bool = False
     """Divide activations over the tensor ranks along the sequence."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each row, for sequences too long for one (DeepSpeed Ulysses)."""
 
     def plan(self) -> ParallelPlan:
-        return ParallelPlan(tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence)
+        return ParallelPlan(**self.model_dump())
 
 
 class DeepSpeedConfig(_Section):
@@ -151,32 +153,22 @@ class RunConfig(_Section):
                 f"objective {objective.name} uses {objective.token_types} token types, model.token_types is "
                 f"{self.model.token_types}: use a bert preset, or model.token_types={objective.token_types}"
             )
-        heads = max(1, round(self.model.heads * objective.generator[1])) if objective.generator else 0
-        if heads % self.parallel.tensor:
-            yield (
-                f"the generator of {objective.name} has {heads} of the model's {self.model.heads} heads, not divisible by "
-                f"parallel.tensor {self.parallel.tensor}: raise objective.generator_size, or lower parallel.tensor"
-            )
+        if objective.generator:
+            small = self.model.narrower(objective.generator[1])
+            for problem in small.undividable(self.parallel.plan(), self.batch.seq_len):
+                if problem.startswith("model."):  # what is said of the rest is said of the model itself
+                    yield f"the generator of {objective.name}: {problem}, or raise objective.generator_size"
 
     def _check_layout(self, world: int) -> Iterator[str]:
-        p, m, b = self.parallel, self.model, self.batch
-        for name, count in (("heads", m.heads), ("kv_heads", m.groups), ("ffn", m.ffn_width)):
-            if count % p.tensor:
-                yield f"model.{name} {count} is not divisible by parallel.tensor {p.tensor}: {_divisors(count, world)}"
-        if m.layers < p.pipeline:
-            yield f"model.layers {m.layers} is less than parallel.pipeline {p.pipeline}: use at most {m.layers} stages"
-        if p.sequence and p.tensor == 1:
-            yield "parallel.sequence needs parallel.tensor above 1: turn it off, or raise parallel.tensor"
-        if p.sequence and b.seq_len % p.tensor:
-            yield f"batch.seq_len {b.seq_len} is not divisible by parallel.tensor {p.tensor} for parallel.sequence"
-        if world % (p.tensor * p.pipeline):
-            need = p.tensor * p.pipeline
+        plan, b = self.parallel.plan(), self.batch
+        yield from self.model.undividable(plan, b.seq_len)
+        if world % plan.unit:
             yield (
-                f"{world} rank{'s' * (world > 1)}: not a multiple of parallel.tensor {p.tensor} x parallel.pipeline "
-                f"{p.pipeline} = {need}: start that many, with launchers/local.sh -n {need} on this machine, or lower them"
+                f"{world} rank{'s' * (world > 1)}: not a multiple of {plan.product()} = {plan.unit}: start that many, with "
+                f"launchers/local.sh -n {plan.unit} on this machine, or lower them"
             )
             return
-        data = world // (p.tensor * p.pipeline)
+        data = world // plan.unit
         unit = data * (b.micro_size or 1)
         if b.global_size % unit:
             yield (
@@ -288,11 +280,6 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-def _divisors(count: int, limit: int) -> str:
-    fits = [str(n) for n in range(1, min(count, max(limit, 8)) + 1) if count % n == 0]
-    return f"use {', '.join(fits)}"
 
 
 def objective_fields(name: str) -> list[str]:

@@ -94,7 +94,7 @@ class Batch:
 class Stream(NamedTuple):
     """All that crosses a layer or a pipeline stage: one float tensor, the rest integers.
 
-    hidden: [S, B, H], sequence first as megatron-core wants it (S is divided under sequence parallelism).
+    hidden: [S, B, H], sequence first as megatron-core wants it (S is divided under context and sequence parallelism).
     tokens, position, segment, horizon: int64 [B, S].
     """
 

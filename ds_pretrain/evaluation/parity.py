@@ -141,9 +141,10 @@ VOCABULARY = Vocabulary.synthetic(VOCAB)
 def plans(world: int) -> list[ParallelPlan]:
     """Every plan of a world size that these small models can have."""
     return [
-        ParallelPlan(tensor=tensor, pipeline=pipeline, sequence=sequence)
-        for tensor, pipeline, sequence in product((1, 2), (1, 2), (False, True))
-        if world % (tensor * pipeline) == 0 and (tensor > 1 or not sequence)
+        plan
+        for tensor, context, pipeline, sequence in product((1, 2), (1, 2), (1, 2), (False, True))
+        if tensor > 1 or not sequence
+        if world % (plan := ParallelPlan(tensor=tensor, pipeline=pipeline, sequence=sequence, context=context)).unit == 0
     ]
 
 
@@ -250,7 +251,7 @@ def engine_for(case: Case) -> Engine:
 
     mesh, objective = Mesh.build(case.plan), objective_for(case.objective)
     build = build_for(objective, model_for(case.objective), mesh, SEQ_LEN, case.recompute)
-    config = deepspeed_json.filled(case.deepspeed, case.rows, case.micro, case.accumulation, 1.0)
+    config = deepspeed_json.filled(case.deepspeed, mesh.replicas, case.micro, case.accumulation, 1.0)
     return create_engine(build, objective, OptimizerConfig(lr=LR), config, SEED)
 
 

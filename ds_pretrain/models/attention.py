@@ -13,6 +13,7 @@ mask. Shape suffixes: B rows, S positions, N query heads here, G key heads here,
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,7 +108,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k / sqrt(D)) v under the pattern of the batch, handed in as megatron-core's `attention_mask`."""
+    """softmax(q k / sqrt(D)) v under the pattern of the batch, handed in as megatron-core's `attention_mask`.
+
+    across: set where the positions of a row are divided over ranks (`training/context.py`): gives `local` all positions of a
+    part of the heads, and gives back all heads of this rank's own positions.
+    """
+
+    across: Callable[[Tensor, Tensor, Tensor, Lowered], Tensor] | None = None
 
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
@@ -115,15 +122,19 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Lowered, **_: Any) -> Tensor:
         """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D]."""
-        if attention_mask.rotary is not None:
-            query, key = rotate(query, attention_mask.rotary), rotate(key, attention_mask.rotary)
+        return (self.across or self.local)(query, key, value, attention_mask).flatten(2)
+
+    def local(self, query: Tensor, key: Tensor, value: Tensor, lowered: Lowered) -> Tensor:
+        """All positions of the heads that are here: [S, B, N, D]."""
+        if lowered.rotary is not None:
+            query, key = rotate(query, lowered.rotary), rotate(key, lowered.rotary)
         dropout = self.dropout if self.training else 0.0
         if dropout == 0:
-            return _attend(query, key, value, attention_mask, 0.0).flatten(2)
+            return _attend(query, key, value, lowered, 0.0)
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         with get_cuda_rng_tracker().fork():  # each tensor rank holds other heads: its own stream
-            return _attend(query, key, value, attention_mask, dropout).flatten(2)
+            return _attend(query, key, value, lowered, dropout)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, lowered: Lowered, dropout: float) -> Tensor:

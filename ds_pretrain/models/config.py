@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ds_pretrain.parallel.plan import ParallelPlan
 
 
 class ModelConfig(BaseModel):
@@ -101,6 +103,29 @@ class ModelConfig(BaseModel):
         if vocab_size and self.vocab and self.vocab != vocab_size:
             yield f"model.vocab {self.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
 
+    def undividable(self, plan: ParallelPlan, seq_len: int) -> Iterator[str]:
+        """Where the model or a row of `seq_len` positions cannot be laid out by a plan, with the nearest that can."""
+        t, c = plan.tensor, plan.context
+        for name, count in (("heads", self.heads), ("ffn", self.ffn_width)):
+            if count % t:
+                yield f"model.{name} {count} is not divisible by parallel.tensor {t}: use {_nearest(t, _divides(count))}"
+        if self.groups % t and t % self.groups:
+            fits = _nearest(t, lambda n: self.heads % n == 0 and (self.groups % n == 0 or n % self.groups == 0))
+            yield f"model.kv_heads {self.groups} and parallel.tensor {t}: one must divide the other, use {fits}"
+        if self.heads % t == 0 and (here := self.heads // t) % c:
+            fits = _nearest(c, _divides(here))
+            yield f"model.heads {self.heads} are {here} on a tensor rank, not divisible by parallel.context {c}: use {fits}"
+        if self.layers < plan.pipeline:
+            yield f"model.layers {self.layers} is less than parallel.pipeline {plan.pipeline}: use at most {self.layers} stages"
+        if plan.sequence and t == 1:
+            yield "parallel.sequence needs parallel.tensor above 1: turn it off, or raise parallel.tensor"
+        parts = c * (t if plan.sequence else 1)
+        if seq_len % parts:
+            yield (
+                f"batch.seq_len {seq_len} is not divisible by the {parts} parts that parallel.context and parallel.sequence "
+                f"make of it: use {max(1, round(seq_len / parts)) * parts}"
+            )
+
     def narrower(self, share: float) -> ModelConfig:
         """The same depth and head size with this share of the heads and the feed-forward width (ELECTRA's generator)."""
         heads = max(1, round(self.heads * share))
@@ -143,3 +168,12 @@ class ModelConfig(BaseModel):
         weights = table["attention"] + table["feed-forward"]
         per_scored = self.vocab_size * (embedding or h) + (h * h if self.head_transform else 0)
         return 6.0 * weights * tokens + 12.0 * self.layers * h * attended + 6.0 * per_scored * scored
+
+
+def _divides(count: int) -> Callable[[int], bool]:
+    return lambda n: count % n == 0
+
+
+def _nearest(size: int, fits: Callable[[int], bool]) -> int:
+    """The number closest to `size` that fits, the smaller of two."""
+    return min(filter(fits, range(1, 2 * size + 1)), key=lambda n: (abs(n - size), n))

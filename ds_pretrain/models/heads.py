@@ -21,6 +21,7 @@ from ds_pretrain.core.batch import Head as HeadSpec
 from ds_pretrain.core.batch import Stream
 from ds_pretrain.models.norm import Norm
 from ds_pretrain.parallel import cross_entropy
+from ds_pretrain.parallel.comm import gather_positions
 
 if TYPE_CHECKING:
     from ds_pretrain.models.transformer import Build
@@ -133,8 +134,11 @@ def mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answers:
-    """One micro-batch's `Readout`. hidden: [B, S, H] before the final norm; tokens: [B, S], what was read. Where a generator
-    filled them, it speaks for the vocabulary elsewhere, and its head is answered with zeros here."""
+    """One micro-batch's `Readout`. hidden: [B, S / context ranks, H] before the final norm; tokens: [B, S], what was read.
+
+    A context rank answers for its own positions, with zeros elsewhere: answers are summed over these ranks. Embeddings are
+    whole on each, and take a gradient on the first alone. Where a generator filled the tokens, it speaks for the vocabulary
+    elsewhere, and its head is answered with zeros here."""
 
     head: Head
     hidden: Tensor
@@ -146,10 +150,10 @@ class Answers:
         return replace(self, vocabulary=vocabulary)
 
     def states(self) -> Tensor:
-        return self._normed(self.hidden)
+        return self._normed(self._everywhere())
 
     def nll(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
-        chosen = weights != 0
+        chosen = self._mine(weights != 0)
         if self._classifies(head):
             losses = F.cross_entropy(self._classes(head, chosen).float(), labels[chosen], reduction="none")
         elif self.vocabulary is None:
@@ -159,7 +163,7 @@ class Answers:
         return torch.zeros_like(weights, dtype=torch.float32).masked_scatter(chosen, losses)
 
     def correct(self, head: str, labels: Tensor, weights: Tensor) -> Tensor:
-        chosen = weights != 0
+        chosen = self._mine(weights != 0)
         if self._classifies(head):
             guess = self._classes(head, chosen).argmax(-1)
         elif self.vocabulary is None:
@@ -170,7 +174,9 @@ class Answers:
         return torch.zeros_like(chosen).masked_scatter(chosen, guess == labels[chosen])
 
     def embed(self, head: str, chosen: Tensor) -> Tensor:
-        return self.head.classifiers[head](self._normed(self.hidden[chosen]), embed=True)
+        vectors: Tensor = self.head.classifiers[head](self._normed(self._everywhere()[chosen]), embed=True)
+        first = self.head.build.mesh.at.context == 0
+        return vectors if first else vectors.detach() + 0 * vectors  # what is made of them is counted once
 
     @torch.no_grad()
     def fill(self, chosen: Tensor) -> Tensor:
@@ -179,6 +185,7 @@ class Answers:
         The noise is a hash of the row's tokens, the position and the id: the same under every layout, on every tensor rank,
         and another one wherever a mask or a document differs.
         """
+        chosen = self._mine(chosen)
         logits = self._logits(chosen).float()
         first = self.head.first_id(logits)
         noisy = logits + gumbel(row_keys(self.tokens)[chosen], first, logits.shape[-1])
@@ -189,7 +196,7 @@ class Answers:
         return head in self.head.classifiers
 
     def _classes(self, head: str, chosen: Tensor) -> Tensor:
-        return self.head.classifiers[head](self._normed(self.hidden[chosen]))
+        return self.head.classifiers[head](self._normed(self.hidden[self.head.build.own(chosen)]))
 
     def logits(self, chosen: Tensor) -> Tensor:
         """Whole-vocabulary logits [n, V] at the chosen positions (bool [B, S]); no gradient."""
@@ -197,7 +204,17 @@ class Answers:
         return cross_entropy.whole(self._logits(chosen), group)[:, : self.head.build.model.vocab_size]
 
     def _logits(self, chosen: Tensor) -> Tensor:
-        return self.head.project(self._normed(self.hidden[chosen]), self.vocabulary)
+        return self.head.project(self._normed(self.hidden[self.head.build.own(chosen)]), self.vocabulary)
+
+    def _mine(self, chosen: Tensor) -> Tensor:
+        """Bool [B, S]: those of the chosen positions that this context rank has."""
+        mine = torch.zeros_like(chosen)
+        self.head.build.own(mine).fill_(True)
+        return chosen & mine
+
+    def _everywhere(self) -> Tensor:
+        """Hidden states of all positions, [B, S, H]."""
+        return gather_positions(self.hidden, self.head.build.mesh.context_group)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return hidden if self.head.final_norm is None else self.head.final_norm(hidden)

@@ -120,6 +120,11 @@ class Build:
             gradient_accumulation_fusion=False,
         )
 
+    def own(self, plane: Tensor) -> Tensor:
+        """The positions of a plane [B, S] that this context rank has."""
+        size = plane.shape[1] // self.mesh.plan.context
+        return plane.narrow(1, self.mesh.at.context * size, size)
+
     @property
     def padded_vocab(self) -> int:
         """Vocabulary rows after padding to a multiple of the tensor ranks."""
@@ -150,11 +155,12 @@ class Word(Vocabulary):
 
     def __init__(self, build: Build) -> None:
         super().__init__(build, "word")
+        self.own = build.own
 
     def forward(self, x: Any, project: bool = False) -> Any:
         if project:
             return super().forward(x, project=True)
-        return (super().forward(x[0]).transpose(0, 1), *x)
+        return (super().forward(self.own(x[0])).transpose(0, 1), *x)
 
 
 class Embed(nn.Module):
@@ -169,14 +175,15 @@ class Embed(nn.Module):
         self.types = nn.Embedding(m.token_types, m.hidden) if m.token_types else None
         self.norm = _replica_norm(build) if m.norm_position == "post" else None
         self.dropout = nn.Dropout(m.dropout)
-        self.sequence = build.megatron.sequence_parallel
+        self.sequence, self.own = build.megatron.sequence_parallel, build.own
 
     def forward(self, x: tuple[Tensor, ...]) -> Stream:
         hidden, tokens, position, segment, horizon, *token_type = x
         if self.position is not None:
-            hidden = hidden + self.position(position.t())
+            hidden = hidden + self.position(self.own(position).t())
         if self.types is not None:
-            hidden = hidden + self.types(token_type[0].t() if token_type else torch.zeros_like(tokens.t()))
+            types = token_type[0] if token_type else torch.zeros_like(tokens)
+            hidden = hidden + self.types(self.own(types).t())
         hidden = hidden if self.norm is None else self.norm(hidden)
         if self.sequence:
             hidden = scatter_to_sequence_parallel_region(hidden)

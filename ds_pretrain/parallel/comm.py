@@ -33,6 +33,14 @@ class _Gather(torch.autograd.Function):
         return all_reduce(gradient.contiguous().clone(), ctx.group)[dist.get_rank(ctx.group)], None
 
 
+def gather_positions(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S / ranks, ...] of each rank of the group as [B, S, ...]; gradients flow back to their owners."""
+    if dist.get_world_size(group) == 1:
+        return x
+    parts: Tensor = _Gather.apply(x, group)
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
 class DataComm:
     """Gathers over data ranks only: tensor ranks hold copies and must not count twice."""
 

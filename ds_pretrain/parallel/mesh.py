@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,11 @@ class Mesh:
         if _standing != [mesh] or not parallel_state.model_parallel_is_initialized():
             _tear_down()
             parallel_state.initialize_model_parallel(
-                plan.tensor, plan.pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=10
+                plan.tensor,
+                plan.pipeline,
+                context_parallel_size=plan.context,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=10,
             )
             _standing.append(mesh)
         mesh.seed(0, 0)
@@ -96,6 +101,16 @@ class Mesh:
     @property
     def data_size(self) -> int:
         return self.plan.data(self.world)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the model: DeepSpeed's data ranks."""
+        return self.data_size * self.plan.context
+
+    @property
+    def replica(self) -> int:
+        """This rank's place among them."""
+        return self.at.data * self.plan.context + self.at.context
 
     @property
     def first_stage(self) -> bool:
@@ -121,6 +136,12 @@ class Mesh:
 
         return parallel_state.get_data_parallel_group()
 
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_context_parallel_group()
+
     def seed(self, seed: int, step: int) -> None:
         """Set every dropout stream of this rank to a pure function of (seed, step, place).
 
@@ -129,7 +150,7 @@ class Mesh:
         """
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        torch.manual_seed(rng.torch_seed("dropout", seed, step, self.at.pipeline, self.at.data))
+        torch.manual_seed(rng.torch_seed("dropout", seed, step, self.at.pipeline, self.replica))
         tracker = get_cuda_rng_tracker()
         tracker.reset()
         tracker.add("model-parallel-rng", rng.torch_seed("tensor", seed, step, *self.at))
@@ -176,7 +197,7 @@ def _tear_down() -> None:
 
 
 class Mpu:
-    """The facade through which DeepSpeed asks for megatron's groups."""
+    """The facade through which DeepSpeed asks for megatron's groups. Context ranks are data ranks to it."""
 
     def __init__(self) -> None:
         from megatron.core import parallel_state as state
@@ -187,6 +208,6 @@ class Mpu:
         self.get_tensor_model_parallel_rank = state.get_tensor_model_parallel_rank
         self.get_tensor_model_parallel_world_size = state.get_tensor_model_parallel_world_size
         self.get_tensor_model_parallel_group = state.get_tensor_model_parallel_group
-        self.get_data_parallel_rank = state.get_data_parallel_rank
-        self.get_data_parallel_world_size = state.get_data_parallel_world_size
-        self.get_data_parallel_group = state.get_data_parallel_group
+        self.get_data_parallel_rank = partial(state.get_data_parallel_rank, with_context_parallel=True)
+        self.get_data_parallel_world_size = partial(state.get_data_parallel_world_size, with_context_parallel=True)
+        self.get_data_parallel_group = partial(state.get_data_parallel_group, with_context_parallel=True)

@@ -1,7 +1,8 @@
 """Which rank does what: arithmetic only, so that a layout can be looked at without starting it.
 
-Ranks count tensor fastest, then data, pipeline outermost: the order of megatron-core's "tp-cp-ep-dp-pp" and of
-DeepSpeed's PipeModelDataParallelTopology, so that both libraries mean the same neighbours.
+Ranks count tensor fastest, then context, then data, pipeline outermost: the order of megatron-core's "tp-cp-ep-dp-pp" and
+of DeepSpeed's PipeModelDataParallelTopology, so that both libraries mean the same neighbours. DeepSpeed knows no context
+ranks here: they hold the same weights as data ranks do, and for ZeRO both are replicas.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ class Coordinate(NamedTuple):
 
     pipeline: int
     data: int
+    context: int
     tensor: int
 
 
@@ -23,33 +25,45 @@ class ParallelPlan:
     """How one model is laid over the ranks; what is left of the world is data parallel.
 
     tensor: ranks that share every matrix. pipeline: stages the layers are divided into. sequence: whether activations
-    between the matrices are divided over the tensor ranks along the sequence (Korthikanti et al. 2022).
+    between the matrices are divided over the tensor ranks along the sequence (Korthikanti et al. 2022). context: ranks that
+    share every row, each with a part of its positions everywhere but in attention, where each has all positions and a part of
+    the heads (DeepSpeed Ulysses: Jacobs et al. 2023).
     """
 
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    context: int = 1
 
     def __post_init__(self) -> None:
-        if self.tensor < 1 or self.pipeline < 1:
-            raise ValueError(f"tensor {self.tensor} and pipeline {self.pipeline} must be at least 1")
+        if min(self.tensor, self.pipeline, self.context) < 1:
+            raise ValueError(f"tensor {self.tensor}, context {self.context} and pipeline {self.pipeline} must be at least 1")
+
+    @property
+    def unit(self) -> int:
+        """Ranks that hold the model once."""
+        return self.tensor * self.context * self.pipeline
 
     def data(self, world: int) -> int:
         """Data-parallel ranks in a world of that size."""
-        if world % (self.tensor * self.pipeline):
-            raise ValueError(
-                f"{world} ranks cannot be divided into parallel.tensor {self.tensor} x parallel.pipeline "
-                f"{self.pipeline}: start a multiple of {self.tensor * self.pipeline} ranks"
-            )
-        return world // (self.tensor * self.pipeline)
+        if world % self.unit:
+            raise ValueError(f"{world} ranks cannot be divided into {self.product()}: start a multiple of {self.unit} ranks")
+        return world // self.unit
+
+    def product(self) -> str:
+        """The ranks of one model by the fields of a run file."""
+        context = f" x parallel.context {self.context}" * (self.context > 1)
+        return f"parallel.tensor {self.tensor}{context} x parallel.pipeline {self.pipeline}"
 
     def coordinate(self, rank: int, world: int) -> Coordinate:
-        data = self.data(world)
-        return Coordinate(rank // (self.tensor * data), rank // self.tensor % data, rank % self.tensor)
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data(world))
+        return Coordinate(pipeline, data, context, tensor)
 
     def __str__(self) -> str:
-        parts = [f"TP{self.tensor}"] * (self.tensor > 1) + [f"PP{self.pipeline}"] * (self.pipeline > 1)
-        return "x".join(parts) + "+SP" * self.sequence or "1"
+        axes = (("TP", self.tensor), ("CP", self.context), ("PP", self.pipeline))
+        return "x".join(f"{name}{size}" for name, size in axes if size > 1) + "+SP" * self.sequence or "1"
 
 
 def stage_of_layer(layers: int, stages: int) -> list[int]:

@@ -114,7 +114,7 @@ def _files(engine: Engine) -> Iterator[tuple[str, bytes]]:
 def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
     """What this rank writes: of replicas one copy each."""
     mesh = engine.mesh
-    copies = mesh.at.data > 0 if engine.stage == 0 else False
+    copies = mesh.replica > 0 if engine.stage == 0 else False
     for fragment in state.fragments(engine):
         tied_copy = fragment.shard.name.startswith("word.") and not mesh.first_stage
         replica = fragment.shard.dim is None and mesh.at.tensor > 0

@@ -90,11 +90,12 @@ def _unsound(config: Mapping[str, Any], pipeline: int) -> Iterator[str]:
         yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
 
 
-def filled(config: Mapping[str, Any], rows: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:
-    """The settings with what the run decides; DeepSpeed itself would raise on "auto"."""
+def filled(config: Mapping[str, Any], replicas: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:
+    """The settings with what the run decides; DeepSpeed itself would raise on "auto". replicas: data ranks x context ranks,
+    which are data ranks to DeepSpeed: its batch size counts a row once for each rank that has a part of it."""
     return {
         **config,
-        "train_batch_size": rows,
+        "train_batch_size": replicas * micro * accumulation,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,

@@ -30,6 +30,7 @@ from ds_pretrain.models.transformer import Block, Build, Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm, all_reduce
 from ds_pretrain.parallel.mesh import Mesh, Mpu
+from ds_pretrain.training.context import divide_positions
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.metrics import real_tokens
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
@@ -83,6 +84,8 @@ class Criterion:
     tally: bool = False
     unit: Callable[[], float] = lambda: 1.0
     """What the engine makes of a gradient of 1 on its way to the layers."""
+    copies: tuple[str, ...] = ()
+    """Heads whose sums another rank counts already."""
     pool: Pool | None = None
     """The pool of a step whose micro-batches are walked twice."""
 
@@ -98,12 +101,15 @@ class Criterion:
         else:
             sums = self.objective.loss(read, batch, self.comm)
             loss = step_loss(sums, self.totals, self.objective.heads, self.scale)
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        self._keep(self.sums, sums)
         if self.tally:
-            for name, count in self.objective.tallies(read, batch, self.comm).items():
-                self.tallies[name] = self.tallies.get(name, 0) + count.double()
+            self._keep(self.tallies, self.objective.tallies(read, batch, self.comm))
         return loss
+
+    def _keep(self, kept: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if not name.startswith(self.copies):
+                kept[name] = kept.get(name, 0) + value.detach().double()
 
     def generated(self, read: Readout, labels: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:
         """Hear a generator's answers, which the objective's other heads do not see: their sums are kept, and the gradient of
@@ -112,10 +118,9 @@ class Criterion:
         name = self.objective.generator[0]
         (head,) = (h for h in self.objective.heads if h.name == name)
         summed = (read.nll(name, labels, weights) * weights).sum()
-        self.sums[name] = self.sums.get(name, 0) + summed.detach().double()
+        self._keep(self.sums, {name: summed})
         if self.tally:
-            key = f"{name}/correct"
-            self.tallies[key] = self.tallies.get(key, 0) + read.correct(name, labels, weights).sum().double()
+            self._keep(self.tallies, {f"{name}/correct": read.correct(name, labels, weights).sum()})
         loss = step_loss({name: summed}, self.totals, (head,), self.scale)
         return _Tied.apply(hidden, loss * self.unit())
 
@@ -155,8 +160,8 @@ class Model(ABC):
             with torch.no_grad():
                 self._evaluate(some)
         totals = self._global({head.name: counts[head.name] for head in self.objective.heads})
-        sums = self._global(self._measured(self.criterion.sums, totals), every_stage=True)
-        tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied), every_stage=True)
+        sums = self._global(self._measured(self.criterion.sums, totals), parts=True)
+        tallies = self._global(self._measured(self.criterion.tallies, self.objective.tallied), parts=True)
         self.criterion.start({})
         return Evaluated(weighted_mean(sums, totals, self.objective.heads), sums, totals, tallies)
 
@@ -165,10 +170,11 @@ class Model(ABC):
         """What the criterion kept, 0 on the stages where it did not run."""
         return {name: float(values.get(name, 0.0)) for name in names}
 
-    def _global(self, values: Mapping[str, float], every_stage: bool = False) -> dict[str, float]:
-        """Sum numbers over the job, each data rank counted once (its last stage, first tensor rank), or each of its stages,
-        where they hold parts."""
-        speaks = (self.mesh.last_stage or every_stage) and self.mesh.at.tensor == 0
+    def _global(self, values: Mapping[str, float], parts: bool = False) -> dict[str, float]:
+        """Sum numbers over the job: those of each data rank once, or, where its stages and context ranks hold parts, of all of
+        these. Tensor ranks hold copies."""
+        whole = self.mesh.last_stage and self.mesh.at.context == 0
+        speaks = (whole or parts) and self.mesh.at.tensor == 0
         local = torch.tensor([v if speaks else 0.0 for v in values.values()], dtype=torch.float64, device=self.mesh.device)
         return dict(zip(values, self.mesh.sum(local).tolist(), strict=True))
 
@@ -182,8 +188,10 @@ class Engine(Model):
     def __init__(self, build: Build, objective: Objective, optimizer: OptimizerConfig, deepspeed: dict, seed: int) -> None:
         self.build, self.objective, self.seed = build, objective, seed
         self.micro_size = deepspeed["train_micro_batch_size_per_gpu"]
-        scale = deepspeed["gradient_accumulation_steps"] * self.mesh.data_size
+        scale = deepspeed["gradient_accumulation_steps"] * self.mesh.replicas
         self.criterion = Criterion(objective, DataComm(self.mesh), scale)
+        if self.mesh.at.context:  # embeddings are whole on every context rank
+            self.criterion.copies = tuple(head.name for head in objective.heads if head.classes == 0)
         quiet_deepspeed()
         with quiet_stdout():
             self.deepspeed = self._start(optimizer, deepspeed)
@@ -232,7 +240,7 @@ class Engine(Model):
             self._look(batches, number)
         norm = self._train(batches)
         self.criterion.pool = None
-        sums = self._global(self._measured(self.criterion.sums, totals), every_stage=True)
+        sums = self._global(self._measured(self.criterion.sums, totals), parts=True)
         loss = weighted_mean(sums, totals, self.objective.heads)
         return StepResult(loss, sums, totals, norm, self.deepspeed.skipped_steps, tokens)
 
@@ -266,6 +274,7 @@ class PlainEngine(Engine):
 
         network = Network(self.build).to(self.mesh.device)
         initialise(network, self.build, self.seed)
+        divide_positions(network, self.mesh)
         torch_optimizer = adamw(optimizer, network, offloads(config))
         return deepspeed.initialize(model=network, optimizer=torch_optimizer, config=config, mpu=Mpu())[0]
 

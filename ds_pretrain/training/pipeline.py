@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.transformer import Build, Generator, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
+from ds_pretrain.training.context import divide_positions
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.engine import Engine
 from ds_pretrain.training.optimizer import OptimizerConfig, adamw
@@ -32,6 +33,7 @@ class PipelineEngine(Engine):
                 layer.tell = self.criterion.generated
         prepare_parameters(module, self.build)
         initialise(module, self.build, self.seed)
+        divide_positions(module, self.mesh)
         torch_optimizer = adamw(optimizer, module, offloads(config))
         if self.build.megatron.sequence_parallel:
             config = {**config, "pipeline": {**config.get("pipeline", {}), **WHOLE}}
@@ -57,7 +59,7 @@ def pipeline_module(build: Build, criterion: Any) -> Any:
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     mesh = build.mesh
-    topology = PipeModelDataParallelTopology(num_pp=mesh.plan.pipeline, num_mp=mesh.plan.tensor, num_dp=mesh.data_size)
+    topology = PipeModelDataParallelTopology(num_pp=mesh.plan.pipeline, num_mp=mesh.plan.tensor, num_dp=mesh.replicas)
     return PipelineModule(
         [_deepspeed_spec(spec) for spec in layer_list(build)],
         topology=topology,

@@ -90,7 +90,7 @@ def refresh_weights(engine: Engine, shard: Shard, parameter: nn.Parameter, local
         parameter.data.copy_(local)
         return
     part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-    start = engine.mesh.at.data * part.numel()
+    start = engine.mesh.replica * part.numel()
     mine = local.reshape(-1)[start : start + part.numel()]
     part.data[: mine.numel()].copy_(mine)
 
@@ -111,7 +111,7 @@ def _locate(engine: Engine, parameter: Any) -> tuple[int, Tensor, Tensor, int] |
 def _locate_stage3(engine: Engine, parameter: Any) -> tuple[int, Tensor, Tensor, int] | None:
     zero = engine.deepspeed.optimizer
     group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
-    start = engine.mesh.at.data * numel
+    start = engine.mesh.replica * numel
     numel = min(numel, parameter.ds_numel - start)  # the last ranks hold padding
     if numel <= 0:
         return None

@@ -85,6 +85,7 @@ class PreTrainer:
         problems = [
             *model.problems(),
             *model.misfits(dataset.vocab.size, dataset.seq_len),
+            *model.undividable(plan, dataset.seq_len),
             *deepspeed_json.problems(deepspeed, plan.pipeline),
         ]
         if problems:
@@ -105,7 +106,9 @@ class PreTrainer:
         )
         build = build_for(objective, self.shape, self.mesh, dataset.seq_len, activation_checkpointing)
         accumulation = batch_size // (micro_batch_size * data_size)
-        self.deepspeed = deepspeed_json.filled(deepspeed, batch_size, micro_batch_size, accumulation, self.optimizer.clip)
+        self.deepspeed = deepspeed_json.filled(
+            deepspeed, self.mesh.replicas, micro_batch_size, accumulation, self.optimizer.clip
+        )
         self.model: Engine = create_engine(build, objective, self.optimizer, self.deepspeed, seed)
         if compile:
             self.model.compile()
