@@ -96,6 +96,7 @@ class Stream(NamedTuple):
 
     hidden: [S, B, H], sequence first as megatron-core wants it (S is divided under context and sequence parallelism).
     tokens, position, segment, horizon: int64 [B, S].
+    noise: int64 [B, S], what dropout is drawn from at each position, the same under every layout.
     """
 
     hidden: Tensor
@@ -103,6 +104,7 @@ class Stream(NamedTuple):
     position: Tensor
     segment: Tensor
     horizon: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 What every layout is measured against, so it is written to be checked by eye: a dictionary of weights under their logical
 names, the equations in order, torch's own AdamW. Only the objectives' own losses are shared with the engines, which know no
-layout, and the noise that a generator's samples are drawn with.
+layout, and the noise of dropout and of a generator's samples.
 
 Shape suffixes: B rows, S positions, H hidden, N heads, G key heads, D head size, V vocabulary, C classes.
 """
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Batch, Head
 from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.models.heads import gumbel, row_keys
+from ds_pretrain.models.noise import dropout, gumbel, row_keys
 from ds_pretrain.objectives import Objective
 
 Weights = Mapping[str, Tensor]
@@ -80,23 +81,26 @@ class Alone:
         return x, 0
 
 
-def answers(w: Weights, m: ModelConfig, objective: Objective, batch: Batch) -> Answers:
-    """Everything the model says about a batch."""
+def answers(w: Weights, m: ModelConfig, objective: Objective, batch: Batch, seed: int = 0) -> Answers:
+    """Everything the model says about a batch. seed: of the step's dropout, where the model has any."""
     classes = {head.name: head for head in objective.heads if head.classes is not None}
+    tokens = batch.inputs
     if objective.generator is None:
-        return Answers(w, m, _states(w, m, "", _embed(w, m, batch.inputs, batch), batch), batch.inputs, classes)
+        hidden = _states(w, m, "", _embed(w, m, tokens, batch, seed), tokens, batch, seed)
+        return Answers(w, m, hidden, tokens, classes)
     head, share = objective.generator
-    small, x = m.narrower(share), _linear(w, "generator.embed.dense", _embed(w, m, batch.inputs, batch))
-    generated = Answers(w, small, _states(w, small, "generator.", x, batch), batch.inputs, {}, "generator.head")
+    small, x = m.narrower(share), _linear(w, "generator.embed.dense", _embed(w, m, tokens, batch, seed))
+    generated = Answers(w, small, _states(w, small, "generator.", x, tokens, batch, seed), tokens, {}, "generator.head")
     chosen = batch.targets[head].weights != 0
-    noise = gumbel(row_keys(batch.inputs)[chosen], 0, m.vocab_size)
-    tokens = batch.inputs.masked_scatter(chosen, (generated.logits().detach().float()[chosen] + noise).argmax(-1))
-    return Answers(w, m, _states(w, m, "", _embed(w, m, tokens, batch), batch), tokens, classes, generated=generated)
+    noise = gumbel(row_keys(tokens)[chosen], 0, m.vocab_size)
+    tokens = tokens.masked_scatter(chosen, (generated.logits().detach().float()[chosen] + noise).argmax(-1))
+    hidden = _states(w, m, "", _embed(w, m, tokens, batch, seed), tokens, batch, seed)
+    return Answers(w, m, hidden, tokens, classes, generated=generated)
 
 
-def loss(w: Weights, m: ModelConfig, objective: Objective, batches: Sequence[Batch]) -> Tensor:
+def loss(w: Weights, m: ModelConfig, objective: Objective, batches: Sequence[Batch], seed: int = 0) -> Tensor:
     """One step's loss: for each head the sum over all rows, divided once by its total or its group's, times its factor."""
-    found = [objective.loss(answers(w, m, objective, batch), batch, Alone()) for batch in batches]
+    found = [objective.loss(answers(w, m, objective, batch, seed), batch, Alone()) for batch in batches]
     parts = []
     for head in objective.heads:
         together = [other.name for other in objective.heads if other is head or (head.group and other.group == head.group)]
@@ -159,28 +163,33 @@ def _with_bias(name: str, shape: tuple[int, ...], bias: bool) -> Named:
         yield f"{name}.bias", shape[:1]
 
 
-def _embed(w: Weights, m: ModelConfig, tokens: Tensor, batch: Batch) -> Tensor:
+def _embed(w: Weights, m: ModelConfig, tokens: Tensor, batch: Batch, seed: int) -> Tensor:
     x = w["word.weight"][tokens]
     if m.position == "learned":
         x = x + w["embed.position.weight"][batch.position]
     if m.token_types:
         x = x + w["embed.types.weight"][torch.zeros_like(tokens) if batch.token_type is None else batch.token_type]
-    return _norm(w, m, "embed.norm", x) if m.norm_position == "post" else x
+    x = _norm(w, m, "embed.norm", x) if m.norm_position == "post" else x
+    return dropout(x, row_keys(tokens, seed), rng.key("embed"), m.dropout)
 
 
-def _states(w: Weights, m: ModelConfig, prefix: str, x: Tensor, batch: Batch) -> Tensor:
-    mask = batch.attention.dense()[:, None]
+def _states(w: Weights, m: ModelConfig, prefix: str, x: Tensor, tokens: Tensor, batch: Batch, seed: int) -> Tensor:
+    mask, noise = batch.attention.dense()[:, None], row_keys(tokens, seed)
     for layer in range(m.layers):
-        x = _block(w, m, f"{prefix}layers.{layer}", x, mask, batch.position)
+        x = _block(w, m, f"{prefix}layers.{layer}", x, mask, batch.position, noise)
     return _norm(w, m, f"{prefix}head.final_norm", x) if m.norm_position == "pre" else x
 
 
-def _block(w: Weights, m: ModelConfig, name: str, x: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+def _block(w: Weights, m: ModelConfig, name: str, x: Tensor, mask: Tensor, position: Tensor, noise: Tensor) -> Tensor:
+    def drop(branch: Tensor, part: str) -> Tensor:
+        return dropout(branch, noise, rng.key(f"{name} {part}"), m.dropout)
+
     if m.norm_position == "post":
-        x = _norm(w, m, f"{name}.pre_cross_attn_layernorm", x + _attention(w, m, name, x, mask, position))
-        return _norm(w, m, f"{name}.output_norm", x + _ffn(w, m, name, x))
-    x = x + _attention(w, m, name, _norm(w, m, f"{name}.input_layernorm", x), mask, position)
-    return x + _ffn(w, m, name, _norm(w, m, f"{name}.pre_mlp_layernorm", x))
+        attended = drop(_attention(w, m, name, x, mask, position), "attention")
+        x = _norm(w, m, f"{name}.pre_cross_attn_layernorm", x + attended)
+        return _norm(w, m, f"{name}.output_norm", x + drop(_ffn(w, m, name, x), "mlp"))
+    x = x + drop(_attention(w, m, name, _norm(w, m, f"{name}.input_layernorm", x), mask, position), "attention")
+    return x + drop(_ffn(w, m, name, _norm(w, m, f"{name}.pre_mlp_layernorm", x)), "mlp")
 
 
 def _attention(w: Weights, m: ModelConfig, name: str, x: Tensor, mask: Tensor, position: Tensor) -> Tensor:

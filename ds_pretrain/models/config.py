@@ -52,7 +52,9 @@ class ModelConfig(BaseModel):
     tie_embeddings: bool = True
     """Share the input and output embedding matrix."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on embeddings, attention probabilities and both residual branches."""
+    """Dropout on embeddings and both residual branches, the same under every layout."""
+    attention_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout on attention probabilities, which each rank draws for itself; None: as `dropout`."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of initial weights; residual projections of pre-norm models have it over sqrt(2 x layers)."""
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ds_pretrain.core.batch import Head as HeadSpec
 from ds_pretrain.core.batch import Stream
+from ds_pretrain.models.noise import gumbel, row_keys
 from ds_pretrain.models.norm import Norm
 from ds_pretrain.parallel import cross_entropy
-from ds_pretrain.parallel.comm import gather_positions
+from ds_pretrain.parallel.comm import all_reduce, gather_positions
 
 if TYPE_CHECKING:
     from ds_pretrain.models.transformer import Build
@@ -110,28 +111,6 @@ class Head(nn.Module):
         return self.build.mesh.at.tensor * logits.shape[-1]
 
 
-def row_keys(tokens: Tensor) -> Tensor:
-    """int64 [B, S]: a hash of the whole row and the position."""
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    row = mix(tokens + (place << 32)).sum(1, keepdim=True)  # wraps around by intent
-    return mix(row + place)
-
-
-def gumbel(key: Tensor, first: int, count: int) -> Tensor:
-    """Standard Gumbel noise fp32 [n, count] for ids from `first` on; a pure function of key [n] and id. 23 bits, so that
-    adding a half is exact and the largest is 16.6, not infinite."""
-    ids = torch.arange(first, first + count, device=key.device)
-    uniform = ((mix(key[:, None] + (ids << 20)) & ((1 << 23) - 1)).float() + 0.5) / (1 << 23)
-    return -torch.log(-torch.log(uniform))
-
-
-def mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose right shifts are made logical here."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
 @dataclass(frozen=True)
 class Answers:
     """One micro-batch's `Readout`. hidden: [B, S / context ranks, H] before the final norm; tokens: [B, S], what was read.
@@ -189,8 +168,10 @@ class Answers:
         logits = self._logits(chosen).float()
         first = self.head.first_id(logits)
         noisy = logits + gumbel(row_keys(self.tokens)[chosen], first, logits.shape[-1])
-        drawn = cross_entropy.argmax(noisy, first, self.head.build.mesh.tensor_group)
-        return self.tokens.masked_scatter(chosen, drawn)
+        mesh = self.head.build.mesh
+        drawn = cross_entropy.argmax(noisy, first, mesh.tensor_group)
+        changed = self.tokens.masked_scatter(chosen, drawn) - self.tokens
+        return self.tokens + (changed if mesh.plan.context == 1 else all_reduce(changed, mesh.context_group))
 
     def _classifies(self, head: str) -> bool:
         return head in self.head.classifiers

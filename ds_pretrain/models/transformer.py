@@ -12,7 +12,6 @@ Shape suffixes: B rows, S positions, H hidden.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -21,14 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     checkpoint,
     copy_to_tensor_model_parallel_region,
-    get_cuda_rng_tracker,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -46,6 +43,7 @@ from ds_pretrain.core.batch import Head as HeadSpec
 from ds_pretrain.models.attention import CoreAttention, lower
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.heads import Answers, Head
+from ds_pretrain.models.noise import dropout, row_keys
 from ds_pretrain.models.norm import Norm
 from ds_pretrain.parallel.comm import all_reduce
 from ds_pretrain.parallel.mesh import Mesh
@@ -57,6 +55,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "relu": F.relu,
 }
+Sum = Callable[[bool, bool], Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]]
+"""megatron-core's slot for bias, dropout and residual sum: (training, fused) to (branch, residual, p) to their sum."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Build:
             gated_linear_unit=m.activation == "swiglu",
             add_bias_linear=m.bias,
             hidden_dropout=m.dropout,
-            attention_dropout=m.dropout,
+            attention_dropout=m.dropout if m.attention_dropout is None else m.attention_dropout,
             tensor_model_parallel_size=self.mesh.plan.tensor,
             sequence_parallel=self.mesh.plan.sequence and self.mesh.plan.tensor > 1,
             init_method=_leave,
@@ -124,6 +124,11 @@ class Build:
         """The positions of a plane [B, S] that this context rank has."""
         size = plane.shape[1] // self.mesh.plan.context
         return plane.narrow(1, self.mesh.at.context * size, size)
+
+    def own_states(self, plane: Tensor) -> Tensor:
+        """A plane [B, S] where this rank has hidden states between the matrices: [S / parts, B]."""
+        plane, ranks = self.own(plane).t(), self.mesh.plan.tensor if self.megatron.sequence_parallel else 1
+        return plane.chunk(ranks)[self.mesh.at.tensor % ranks]
 
     @property
     def padded_vocab(self) -> int:
@@ -174,8 +179,8 @@ class Embed(nn.Module):
         self.position = nn.Embedding(m.positions or build.seq_len, m.hidden) if m.position == "learned" else None
         self.types = nn.Embedding(m.token_types, m.hidden) if m.token_types else None
         self.norm = _replica_norm(build) if m.norm_position == "post" else None
-        self.dropout = nn.Dropout(m.dropout)
-        self.sequence, self.own = build.megatron.sequence_parallel, build.own
+        self.dropout, self.site = m.dropout, rng.key("embed")
+        self.sequence, self.own, self.own_states = build.megatron.sequence_parallel, build.own, build.own_states
 
     def forward(self, x: tuple[Tensor, ...]) -> Stream:
         hidden, tokens, position, segment, horizon, *token_type = x
@@ -187,19 +192,21 @@ class Embed(nn.Module):
         hidden = hidden if self.norm is None else self.norm(hidden)
         if self.sequence:
             hidden = scatter_to_sequence_parallel_region(hidden)
-        with _own_stream(self.sequence):
-            hidden = self.dropout(hidden)
-        return Stream(hidden.contiguous(), tokens, position, segment, horizon)  # it may have to be sent
+        noise = row_keys(tokens, torch.initial_seed())
+        if self.training and self.dropout:
+            hidden = dropout(hidden, self.own_states(noise), self.site, self.dropout)
+        return Stream(hidden.contiguous(), tokens, position, segment, horizon, noise)  # it may have to be sent
 
 
 class Block(TransformerLayer):
     """One transformer layer: Stream -> Stream."""
 
     def __init__(self, build: Build, index: int, logical: str = "layers") -> None:
-        super().__init__(build.megatron, _spec(build.model), layer_number=index + 1)
-        m = build.model
-        self.logical = f"{logical}.{index}"
-        self.kind, self.recompute, self.sequence = build.kind, build.recompute, build.megatron.sequence_parallel
+        m, name = build.model, f"{logical}.{index}"
+        sums = [self._sum(f"{name} {part}") for part in ("attention", "mlp")]
+        super().__init__(build.megatron, _spec(m, *sums), layer_number=index + 1)
+        self.logical = name
+        self.kind, self.recompute, self.own_states = build.kind, build.recompute, build.own_states
         self.head_dim, self.rope_base = m.head_dim, m.rope_base if m.position == "rope" else None
         self.output_norm = Norm(build.megatron, m.hidden, m.norm_eps) if m.norm_position == "post" else None
 
@@ -207,13 +214,29 @@ class Block(TransformerLayer):
         stream = Stream(*x)
         pattern = lower(stream.segment, stream.horizon, stream.position, self.kind, self.head_dim, self.rope_base)
 
+        noise = self.own_states(stream.noise)
+
         def run(hidden: Tensor) -> Tensor:
-            with _own_stream(self.sequence):
-                out, _ = TransformerLayer.forward(self, hidden, attention_mask=pattern)
+            self.noise = noise
+            out, _ = TransformerLayer.forward(self, hidden, attention_mask=pattern)
             return out if self.output_norm is None else self.output_norm(out)
 
         again = self.recompute and self.training
         return stream._replace(hidden=checkpoint(run, False, stream.hidden) if again else run(stream.hidden))
+
+    def _sum(self, use: str) -> Sum:
+        """A residual sum whose dropout no layout changes."""
+        site = rng.key(use)
+
+        def chosen(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+            def add(out: tuple[Tensor, Tensor | None], residual: Tensor, p: float) -> Tensor:
+                x, bias = out
+                x = x if bias is None else x + bias
+                return residual.to(x.dtype) + (dropout(x, self.noise, site, p) if training and p else x)
+
+            return add
+
+        return chosen
 
 
 class Narrow(nn.Module):
@@ -283,7 +306,7 @@ def attach_tied(word: Word, answers: Answers) -> Answers:
     return answers.attach(word)
 
 
-def _spec(model: ModelConfig) -> TransformerLayerSubmodules:
+def _spec(model: ModelConfig, attention_sum: Sum, mlp_sum: Sum) -> TransformerLayerSubmodules:
     """megatron-core's layer with our parts. Post-norm: the slot before cross attention follows the attention's residual
     sum, and there is no cross attention, so a norm there is exactly BERT's; the second one follows the whole layer."""
     pre = model.norm_position == "pre"
@@ -293,17 +316,12 @@ def _spec(model: ModelConfig) -> TransformerLayerSubmodules:
     return TransformerLayerSubmodules(
         input_layernorm=Norm if pre else IdentityOp,
         self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.arbitrary}, attention),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=attention_sum,
         pre_cross_attn_layernorm=IdentityOp if pre else Norm,
         pre_mlp_layernorm=Norm if pre else IdentityOp,
         mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=mlp_sum,
     )
-
-
-def _own_stream(sequence: bool) -> contextlib.AbstractContextManager:
-    """Under sequence parallelism each tensor rank drops other positions, so it draws from its own stream."""
-    return get_cuda_rng_tracker().fork() if sequence else contextlib.nullcontext()
 
 
 def _replica_norm(build: Build) -> Norm:

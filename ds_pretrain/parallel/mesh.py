@@ -143,14 +143,14 @@ class Mesh:
         return parallel_state.get_context_parallel_group()
 
     def seed(self, seed: int, step: int) -> None:
-        """Set every dropout stream of this rank to a pure function of (seed, step, place).
+        """Make all dropout of this step a pure function of (seed, step, ...), so that a resume needs nothing saved.
 
-        Called at each step, so that nothing has to be saved for a resume to be bitwise. The default stream is shared by
-        the tensor ranks (their hidden states are replicas); the tracked one is each rank's own.
+        The default stream's seed, the same on every rank, is what hidden states are dropped by (`models/noise.py`). Attention
+        drops its weights inside fused kernels, from a stream of each rank's own.
         """
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        torch.manual_seed(rng.torch_seed("dropout", seed, step, self.at.pipeline, self.replica))
+        torch.manual_seed(rng.torch_seed("dropout", seed, step))
         tracker = get_cuda_rng_tracker()
         tracker.reset()
         tracker.add("model-parallel-rng", rng.torch_seed("tensor", seed, step, *self.at))

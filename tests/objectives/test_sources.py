@@ -21,7 +21,7 @@ from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import collate
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.models.heads import gumbel, row_keys
+from ds_pretrain.models.noise import gumbel, row_keys
 from ds_pretrain.models.transformer import Build, Network, initialise
 from ds_pretrain.objectives import create
 from ds_pretrain.objectives.fim import NAMES
