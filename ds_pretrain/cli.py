@@ -101,7 +101,7 @@ def evaluate(
     plain = model.objective.likelihood
     found: dict[str, dict[str, float]] = {}
     for objective in [model.objective, *([plain] if plain and plain != model.objective else [])]:
-        part = dataset.split(split, objective)
+        part = dataset.split(split, objective.evaluated)
         scores = perplexity.evaluate(model.under(objective), part, max_tokens)
         rows = [(f"{objective.name} at step {model.snapshot.manifest['step']}", scores)]
         if baselines and objective in (plain, dataset.objective):
@@ -260,7 +260,7 @@ def probe(
 def plan(
     run: Run,
     overrides: Overrides = None,
-    world: Annotated[int, typer.Option(help="Ranks to plan for.")] = 1,
+    world: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
 ) -> None:
     """Who sits where, parameters, memory and batch arithmetic for any number of ranks; needs no GPU."""
     from ds_pretrain.planning import tables
@@ -277,22 +277,33 @@ def plan(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="objectives, presets, runs or deepspeed; all if left out.")] = "",
+    what: Annotated[
+        str, typer.Argument(help="objectives, presets, runs or deepspeed, or one objective; all if left out.")
+    ] = "",
 ) -> None:
-    """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations."""
+    """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations. Of one objective, what
+    each field means."""
     from ds_pretrain.core.registry import unknown
     from ds_pretrain.models.config import ModelConfig
     from ds_pretrain.models.presets import PRESETS
     from ds_pretrain.objectives import REGISTRY
 
     sections: dict[str, list[tuple[str, str]]] = {
-        "objectives": [(name, ", ".join(objective_fields(name))) for name in REGISTRY],
+        "objectives": [(name, ", ".join(f"{key}={value}" for key, value, _ in objective_fields(name))) for name in REGISTRY],
         "presets": [(name, _preset_line(ModelConfig(preset=name, vocab=50257))) for name in PRESETS],
         "runs": [(path.stem, _first_comment(path)) for path in sorted((configs() / "runs").glob("*.yaml"))],
         "deepspeed": [(path.name, "") for path in sorted((configs() / "deepspeed").glob("*.json"))],
     }
+    if what in REGISTRY:
+        table = Table(
+            "field", "default", "meaning", title=(REGISTRY[what].__doc__ or "").partition("\n")[0], title_justify="left"
+        )
+        for key, value, meaning in objective_fields(what):
+            table.add_row(f"objective.{key}", escape(value), escape(meaning))
+        out.print(table)
+        return
     if what and what not in sections:
-        raise ValueError(unknown("list", what, sections))
+        raise ValueError(unknown("list", what, [*sections, *REGISTRY]))
     for title in [what] if what else sections:
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for row in sections[title]:

@@ -6,12 +6,18 @@ stage, precision and offload, and the values it marks "auto" are filled in from 
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
+from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -255,8 +261,11 @@ def _explain(error: dict[str, Any]) -> str:
         section: Any = RunConfig
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
+        last = str(error["loc"][-1])
+        if not error["loc"][:-1] and any(last in (f.name for f in dataclass_fields(cls)) for cls in REGISTRY.values()):
+            return f"{last} is a field of an objective: write objective.{last}=..."
         name = f"key in {'.'.join(map(str, error['loc'][:-1]))}" if error["loc"][:-1] else "section"
-        return unknown(name, str(error["loc"][-1]), section.model_fields)
+        return unknown(name, last, section.model_fields)
     if error["type"] == "missing":
         return f"{place} is required"
     if error["type"] in ("dict_type", "model_type") and isinstance(error["input"], str):
@@ -282,6 +291,28 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def objective_fields(name: str) -> list[str]:
-    """The fields of an objective, as `objective.FIELD` in a run file."""
-    return [f.name for f in dataclass_fields(REGISTRY[name])]
+def objective_fields(name: str) -> list[tuple[str, str, str]]:
+    """The fields of an objective, as `objective.FIELD` in a run file: name, default and what its docstring says."""
+    meanings: dict[str, str] = {}
+    for cls in reversed(REGISTRY[name].__mro__[:-1]):
+        if cls.__module__.startswith("ds_pretrain") and is_dataclass(cls):
+            meanings |= _meanings(cls)
+    return [(f.name, _default(f), meanings.get(f.name, "")) for f in dataclass_fields(REGISTRY[name])]
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """The docstring below each field of a class."""
+    body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _default(field: DataclassField[Any]) -> str:
+    value = field.default if field.default is not MISSING else cast(Any, field.default_factory)()
+    if is_dataclass(value):
+        return "its own defaults"
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()

@@ -61,10 +61,12 @@ class AttentionPattern:
         length: int [B, S], the prefix length of the segment that a position belongs to.
         """
         position = _positions(segment)
-        first = torch.zeros_like(segment)
-        first[:, 1:] = torch.where(segment[:, 1:] != segment[:, :-1], position[:, 1:], 0)
-        start = first.cummax(dim=1).values
-        return AttentionPattern(segment, torch.maximum(position, start + length.to(position.dtype) - 1), "mixed")
+        end = _starts(segment) + length.to(position.dtype) - 1
+        return AttentionPattern(segment, torch.maximum(position, end), "mixed")
+
+    def offset(self) -> Tensor:
+        """[B, S]: how far each position is from the start of its segment."""
+        return _positions(self.segment) - _starts(self.segment)
 
     def dense(self) -> Tensor:
         """The reference mask: bool [B, S, S], True where row (query) sees column (key)."""
@@ -93,6 +95,12 @@ class AttentionPattern:
         """Cumulative document lengths, int32 [documents + 1], as variable-length kernels want them (no padding)."""
         lengths = torch.tensor([0] + [span.stop - span.start for span in self.spans()], dtype=torch.int32)
         return lengths.cumsum(0).to(torch.int32).to(self.segment.device)
+
+
+def _starts(segment: Tensor) -> Tensor:
+    first = torch.zeros_like(segment)
+    first[:, 1:] = torch.where(segment[:, 1:] != segment[:, :-1], _positions(segment)[:, 1:], 0)
+    return first.cummax(dim=1).values
 
 
 def _positions(segment: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._items))
 
+    def values(self) -> Iterator[T]:
+        return (self._items[name] for name in self)
+
     def __contains__(self, name: str) -> bool:
         return name in self._items
 

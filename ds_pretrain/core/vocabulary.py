@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,8 @@ from functools import cached_property
 import numpy as np
 
 SENTINELS = 256
+IDEOGRAPHS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
+"""Unicode blocks of Chinese characters, as BERT's tokenizer has them."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,30 @@ class Vocabulary:
         ]
 
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
-        """Bool [n]: where a word begins. A word is a run of letters and digits with the space before it, and every other
-        character is one of its own, whichever way the tokenizer cuts them."""
-        opens, closes = self._edges
-        starts = opens[tokens] | self.is_special[tokens]
-        starts[1:] |= closes[tokens[:-1]] | self.is_special[tokens[:-1]]
+        """Bool [n]: where a word begins. A word is a run of letters, their marks and digits with the space before it, and every
+        other character is one of its own, ideographs too (BERT's rule), whichever way the tokenizer cuts them."""
+        starts = self.joints(tokens) > 0
         starts[:1] = True
         return starts
+
+    def joints(self, tokens: np.ndarray) -> np.ndarray:
+        """int8 [n]: why a word begins at each token: 2 if the token itself begins one, plus 1 if the one before it ends one."""
+        opens, closes = self._edges
+        joint = 2 * (opens[tokens] | self.is_special[tokens]).astype(np.int8)
+        joint[1:] += closes[tokens[:-1]] | self.is_special[tokens[:-1]]
+        return joint
 
     @cached_property
     def line_ends(self) -> np.ndarray:
         """Bool [size]: ids whose text ends a line."""
         texts = self.surfaces() if self.surfaces else [""] * self.size
         return np.array([text.endswith("\n") for text in texts])
+
+    @cached_property
+    def blank(self) -> np.ndarray:
+        """Bool [size]: ids whose text is line ends and spaces alone."""
+        texts = self.surfaces() if self.surfaces else [""] * self.size
+        return np.array(["\n" in text and not text.strip() for text in texts])
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -108,4 +122,7 @@ class Vocabulary:
 
 
 def _edge(char: str) -> bool:
-    return not (char.isalnum() or char == "\N{REPLACEMENT CHARACTER}")  # part of a character that takes several ids
+    """Whether a character is no part of a word beside it. A replacement character is part of one that takes several ids."""
+    if not char or any(low <= ord(char) <= high for low, high in IDEOGRAPHS):
+        return True
+    return not (char.isalnum() or char == "\N{REPLACEMENT CHARACTER}" or unicodedata.category(char)[0] == "M")

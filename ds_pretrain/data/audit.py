@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 
 from ds_pretrain.core.batch import Batch, Count
 from ds_pretrain.core.vocabulary import Vocabulary
@@ -29,9 +30,13 @@ class Audit:
         self._sums: dict[str, Count] = {}
         self._told: set[str] = set()
 
-    def add(self, batches: Sequence[Batch]) -> None:
+    def add(self, batches: Sequence[Batch], samples: Mapping[str, int] = MappingProxyType({})) -> None:
+        """samples: those of each component of a mixture, as `Samples.consumed` counts them."""
         counts: list[Mapping[str, Count]] = [counted(batches, self.vocab, self.objective.heads)]
         counts += [self.objective.counted(batch, self.vocab) for batch in batches]
+        promised = {key.removesuffix("/samples") for key in self.objective.expected if key.endswith("/samples")}
+        every = sum(samples.values())
+        counts.append({f"{name}/samples": (samples.get(name, 0), every) for name in {*promised, *samples}})
         for key, (part, whole) in chain.from_iterable(found.items() for found in counts):
             before = self._sums.get(key, (0, 0))
             self._sums[key] = (before[0] + part, before[1] + whole)

@@ -90,7 +90,7 @@ def collate_causal(
 ) -> Batch:
     """What `collate` gives for the examples of these pieces.
 
-    pieces: tokens of each, the one before it included where the piece is not fresh, the first of its document.
+    pieces: tokens of each, the one before it included where the piece is not fresh. fresh: begins with the end-of-document id.
     """
     rows, seq_len = layout.shape
     inputs = np.empty(rows * seq_len, dtype=np.int64)

@@ -130,8 +130,8 @@ class Samples:
     def digest(self) -> str:
         """Changes with everything that gives a cursor its meaning."""
         objective, size = self.objective, self.pieces.size
-        longest = int(objective.size(np.array([size]))[0])
-        shape: tuple[int | str, ...] = (size, longest, int(objective.packed), int(objective.eod))
+        sizes = objective.size(np.arange(1, size + 1)).tobytes().hex()
+        shape: tuple[int | str, ...] = (size, sizes, objective.shortest, int(objective.packed), int(objective.eod))
         if len(self.variants) > 1:
             shape += (repr(objective),)
         if self.lengths:
@@ -175,7 +175,7 @@ class Samples:
         number = self.decode(np.array(samples, dtype=np.int64))
         cut = self.slots.cut(number.piece, number.slot)
         layout = Layout.of([len(row) for row in rows], cut.stop - cut.start, self.seq_len)
-        fresh = cut.start == 0
+        fresh = (cut.start == 0) | (not self.objective.reset_attention)
         bounds = zip(cut.document.tolist(), (cut.start - ~fresh).tolist(), cut.stop.tolist(), strict=True)
         read = self.store.slice
         return collate_causal(layout, [read(*bound) for bound in bounds], fresh, self.objective, self.vocab)
@@ -196,7 +196,8 @@ class Samples:
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
     def waste(self, block: int = 0) -> float:
-        """The share of positions of a block that hold no example."""
+        """The share of positions of a block that no example was planned for. Where `objective.size` is an upper bound, as for
+        pairs of segments, examples leave more than this free: `useful` of the audit is what they fill."""
         sizes, _ = self._planning(*self._ordered(block))
         return waste(sizes, self._pack(sizes), self.seq_len)
 

@@ -272,6 +272,7 @@ MEANING: Mapping[str, tuple[str, str]] = {
     "rewritten": ("{:.1%}", "of the documents are rewritten"),
     "spm": ("{:.1%}", "of these have the suffix first"),
     "samples": ("{:.1%}", "of the samples"),
+    "loss_tokens": ("{:.1%}", "of the loss tokens"),
     "mask": ("{:.1%}", "of the predicted are masked"),
     "random": ("{:.1%}", "of the predicted are a random word"),
     "kept": ("{:.1%}", "of the predicted are kept"),

@@ -150,7 +150,7 @@ def view(data: Samples, token_text: Callable[[int], str], rows: int | None = Non
     batch = data.collate(taken)
     reader = Reader.of(batch, vocab, token_text, objective.heads)
     audit = Audit(objective, vocab)
-    audit.add([batch])
+    audit.add([batch], data.consumed(taken))
     numbers = told(audit.shares, objective.expected)
     numbers += _class_rates(objective, batch)
     several = len(data.variants) > 1

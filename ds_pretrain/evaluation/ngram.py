@@ -116,10 +116,8 @@ def baselines(train: Samples, dataset: Samples, max_tokens: int | None = None) -
 
     train: the split to count. dataset: the split to score, under the objective of the model to compare with.
     """
-    head = dataset.objective.heads[0]
-    if head.classes is not None:
-        name = dataset.objective.name
-        raise ValueError(f"{name} predicts {head.classes} classes, not tokens: score it without the n-gram baselines")
+    if not _words(dataset):
+        raise ValueError(f"{dataset.objective.name} predicts classes, not tokens: score it without the n-gram baselines")
     tokens, vocab = train_tokens(train), train.vocab
     found = [("unigram", score(Unigram.count(tokens, vocab.size), dataset, max_tokens))]
     if dataset.objective.kind == "causal":
@@ -136,12 +134,15 @@ def train_tokens(dataset: Samples, limit: int = COUNTED) -> np.ndarray:
 
 
 def _positions(dataset: Samples, max_tokens: int | None) -> Iterator[Scored]:
-    head = dataset.objective.heads[0].name
     for batch in evaluation_batches(dataset, max_tokens, ROWS):
-        target = batch.targets[head]
-        labels, weights = np.asarray(target.labels), np.asarray(target.weights)
-        at = weights != 0
-        yield Scored(batch.inputs.numpy()[at], labels[at], weights[at].astype(np.float64))
+        for name in _words(dataset):
+            labels, weights = (np.asarray(plane) for plane in (batch.targets[name].labels, batch.targets[name].weights))
+            at = weights != 0
+            yield Scored(batch.inputs.numpy()[at], labels[at], weights[at].astype(np.float64))
+
+
+def _words(dataset: Samples) -> list[str]:
+    return [head.name for head in dataset.objective.heads if head.classes is None]
 
 
 def _best(keys: np.ndarray, probability: np.ndarray, backoff: np.ndarray, lower: np.ndarray) -> np.ndarray:

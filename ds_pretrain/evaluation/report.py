@@ -107,7 +107,9 @@ def table(rows: Sequence[tuple[str, Scores]], measure: Measure, title: str | Non
     view.title_justify = view.caption_justify = "left"
     view.add_column("model")
     for key in shown:
-        heading = COLUMNS[key][0] if measure != "hidden" else COLUMNS[key][0].replace("/token", "")  # heads may score pairs
+        heading = COLUMNS[key][0]
+        if measure == "hidden":  # pairs and sentences too
+            heading = heading.replace("nats/token", "nats").replace("tokens\nscored", "positions\nscored")
         view.add_column(heading, justify="right")
     best = {key: _best([metrics[key] for metrics in found if key in metrics], key) for key in shown}
     for (name, _), metrics in zip(rows, found, strict=True):

@@ -69,7 +69,7 @@ class Head(nn.Module):
         m = build.model
         self.build, self.logical = build, logical
         self.classifiers = nn.ModuleDict(
-            {head.name.replace(".", "_"): Classifier(build, head) for head in build.heads if head.classes is not None}
+            {head.name: Classifier(build, head) for head in build.heads if head.classes is not None}
         )
         transform = build.predicts_words and (m.head_transform or build.embedding != m.hidden)
         self.final_norm = self._norm(m.hidden) if m.norm_position == "pre" else None

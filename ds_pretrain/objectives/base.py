@@ -170,21 +170,26 @@ def create(name: str, **fields: Any) -> Objective:
     for key, value in fields.items():
         if key not in known:
             raise ValueError(unknown(f"field of objective {name}", key, known))
-        if told := _mistyped(known[key].default, value):
+        if told := _mistyped(str(known[key].type), value):
             raise ValueError(f"objective.{key} of {name} is {told}, got {value!r}")
-    return cls(**fields)
+    return cls(**{key: int(value) if known[key].type == "int" else value for key, value in fields.items()})
 
 
-def _mistyped(default: Any, value: Any) -> str | None:
-    """What a value should be, by the default of its field, if it is not; None where it is or where no default tells."""
+def _mistyped(annotation: str, value: Any) -> str | None:
+    """What a value should be, by the annotation of its field, if it is not; None where it is or where that does not tell."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    match default:
-        case bool():
+    kind = annotation.removesuffix(" | None").partition("[")[0]
+    if value is None and annotation.endswith(" | None"):
+        return None
+    match kind:
+        case "bool":
             return None if isinstance(value, bool) else "true or false"
-        case int():
+        case "int":
             return None if number and value == int(value if math.isfinite(value) else 0.5) else "a whole number"
-        case float():
+        case "float":
             return None if number and math.isfinite(value) else "a number"
-        case str():
+        case "str" | "Literal":
             return None if isinstance(value, str) else "a word"
+        case "Mapping":
+            return None if isinstance(value, Mapping) else "a mapping"
     return None

@@ -87,7 +87,7 @@ class FillInTheMiddle(Objective):
 
     def counted(self, batch: Batch, vocab: Vocabulary) -> Mapping[str, Count]:
         pre, suf = (vocab.names[name] for name in NAMES[:2])
-        starts = int(((batch.position == 0) & (batch.attention.segment != 0)).sum())
+        starts = int(((batch.position == 0) & (batch.targets["fim"].weights != 0)).sum())
         rewritten = int((batch.inputs == pre).sum())
         spm = int(((batch.inputs[:, :-1] == pre) & (batch.inputs[:, 1:] == suf)).sum())
         return {"fim/rewritten": (rewritten, starts), "fim/spm": (spm, rewritten)}

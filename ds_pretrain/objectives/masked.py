@@ -4,8 +4,9 @@ Of the chosen positions 80% become [MASK], 10% a random word of the real vocabul
 Special tokens are never chosen and never inserted; the count comes from real tokens, not from the padded length. Two
 ways to choose: exactly max(1, round(p * n)) positions as BERT's own data generator does, or each position by its own
 coin as `transformers` does. Three units of choice: tokens, whole words (found from the text of the ids, so for any
-tokenizer), or spans of words, whose fate is drawn once per span, with geometric lengths (SpanBERT, Joshi et al. 2020) or
-with probability 1/n for n words (ALBERT, Lan et al. 2020).
+tokenizer), or spans of words: with geometric lengths, each span's fate drawn once for all of it (SpanBERT, Joshi et al.
+2020), or of n words with probability 1/n, each token's fate by itself (ALBERT, Lan et al. 2020). The last span is cut to
+what is left of the count, inside a word if need be.
 """
 
 from __future__ import annotations
@@ -70,10 +71,15 @@ class MaskedLanguageModeling(Objective):
     @property
     def expected(self) -> Mapping[str, float]:
         rate = {"mlm/rate": self.mask_prob}
-        if self.unit == "span":  # the fate of a span is one draw for all of it
+        if self._shared_fate:
             return rate
         kept = 1 - self.mask_token_prob - self.random_token_prob
         return {**rate, "mlm/mask": self.mask_token_prob, "mlm/random": self.random_token_prob, "mlm/kept": kept}
+
+    @property
+    def _shared_fate(self) -> bool:
+        """Whether what becomes of a span is one draw for all of it."""
+        return self.unit == "span" and self.span_lengths == "geometric"
 
     def piece(self, max_len: int) -> int:
         return max_len - 2
@@ -124,7 +130,8 @@ class MaskedLanguageModeling(Objective):
         return rng.permutation(maskable)[: self._count(maskable)]
 
     def _words(self, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Bool [words]: those chosen, in random order each that still fits the count (one at least); or by their own coins."""
+        """Bool [words]: those chosen, in random order each that still fits the count, or the shortest where none does; or each
+        by its own coin."""
         if self.selection == "bernoulli":
             return rng.random(len(lengths)) < self.mask_prob
         count, order = self._count(int(lengths.sum())), rng.permutation(len(lengths))
@@ -135,7 +142,7 @@ class MaskedLanguageModeling(Objective):
             at += int(fits[0]) + 1
             taken[at - 1] = True
             left -= int(sizes[at - 1])
-        taken[0] |= not taken.any()
+        taken[sizes.argmin()] |= not taken.any()  # a run of letters may be longer than all that was asked for
         chosen = np.zeros(len(lengths), dtype=bool)
         chosen[order[taken]] = True
         return chosen
@@ -164,7 +171,7 @@ class MaskedLanguageModeling(Objective):
 
     def _corrupt(self, tokens: np.ndarray, group: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> np.ndarray:
         dice = rng.random(len(tokens))
-        if self.unit == "span":
+        if self._shared_fate:
             dice = dice[group]  # groups are counted from 0, so there are fewer of them than tokens
         words = vocab.words[rng.integers(len(vocab.words), size=len(tokens))]
         replaced = np.where(dice < self.mask_token_prob + self.random_token_prob, words, tokens)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ds_pretrain.core import rng as random
@@ -179,7 +178,7 @@ class Composite(Objective):
         """What the components promise of their own targets, and their shares of the samples where these do not change."""
         found = {c.told(key): share for c in self._distinct for key, share in c.objective.expected.items()}
         first, last = (self.shares(np.array([ordinal]))[0] for ordinal in (0, LAST_ORDINAL))
-        if self.pooled or not np.array_equal(first, last):  # a contrastive sample is several segments
+        if not np.array_equal(first, last):
             return found
         for component, share in zip(self.components, first / first.sum(), strict=True):
             key = f"{component.name}/samples"
@@ -187,15 +186,14 @@ class Composite(Objective):
         return found
 
     def counted(self, batch: Batch, vocab: Vocabulary) -> Mapping[str, Count]:
-        """Of all segments those of each component: the ones that hold a target of its."""
-        segment = batch.attention.segment
-        number = segment + torch.arange(len(segment))[:, None] * (segment.shape[1] + 1)
-        every = int(number[segment != 0].unique().numel())
+        """What the components count, and the loss tokens of each, of all."""
         found: dict[str, Count] = {}
-        for component in self._distinct:
-            names = [component.head(head.name) for head in component.objective.heads]
-            scored = torch.stack([batch.targets[name].weights != 0 for name in names]).any(0) & (segment != 0)
-            found[f"{component.name}/samples"] = (int(number[scored].unique().numel()), every)
+        words = {head.name for head in self.heads if head.classes is None}
+        every = sum(batch.targets[name].total for name in words)
+        for component, own in self._views(batch):
+            found |= {component.told(key): count for key, count in component.objective.counted(own, vocab).items()}
+            mine = {component.head(head.name) for head in component.objective.heads} & words
+            found[f"{component.name}/loss_tokens"] = (sum(batch.targets[name].total for name in mine), every)
         return found
 
     @property
@@ -213,10 +211,15 @@ class Composite(Objective):
     def _collect(self, batch: Batch, ask: Callable[[Component, Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What the components answer, each about a batch that has its own targets only, under the mixture's names."""
         found: dict[str, Tensor] = {}
+        for component, own in self._views(batch):
+            found |= {component.told(name): value for name, value in ask(component, own).items()}
+        return found
+
+    def _views(self, batch: Batch) -> Iterator[tuple[Component, Batch]]:
+        """The batch as each component made it: its own targets under their own names."""
         for component in self._distinct:
             own = {head.name: batch.targets[component.head(head.name)] for head in component.objective.heads}
-            found |= {component.told(name): value for name, value in ask(component, replace(batch, targets=own)).items()}
-        return found
+            yield component, replace(batch, targets=own)
 
 
 @register("mixture")
@@ -237,7 +240,7 @@ class Mixture(Composite):
     """Samples consumed to the weights from there on, linear in between; `weights` hold at 0."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Mapping) or not all(isinstance(w, Mapping) for w in self.schedule.values()):
+        if not all(isinstance(w, Mapping) for w in (self.weights, *self.schedule.values())):
             raise ValueError(f"weights of a mixture map names to numbers, got {self.weights!r} and {self.schedule!r}")
         if self.by not in ("samples", "tokens"):
             raise ValueError(f"by must be 'samples' or 'tokens', got {self.by!r}")
@@ -258,12 +261,25 @@ class Mixture(Composite):
             raise ValueError(f"{', '.join(double)} trains two networks and cannot be mixed with others")
         if running := [c.name for c in self.components if not (c.objective.reset_position and c.objective.reset_attention)]:
             raise ValueError(f"{', '.join(running)}: reset_position and reset_attention stay true in a mixture")
-        if strange := set(self.options) - {component.name for component in self.components}:
-            raise ValueError(f"options for {', '.join(sorted(strange))}, which has no weight")
+        if strange := [c.name for c in self.components if set(c.name) & set("./")]:
+            raise ValueError(f"{', '.join(strange)}: a component's name has no dot and no slash")
+        if len(pools := [c.name for c in self.components if c.objective.pooled]) > 1:
+            raise ValueError(f"{', '.join(pools)}: a mixture has one contrastive component at most")
+        if unused := set(self.options) - {component.name for component in self.components}:
+            raise ValueError(f"options for {', '.join(sorted(unused))}, which has no weight")
+
+    @property
+    def evaluated(self) -> Objective:
+        """Every component, also one that a schedule brings in later or has faded out: with its mean weight over the points."""
+        mean = dict(zip((c.name for c in self.components), self._table.mean(axis=0).tolist(), strict=True))
+        weights = mean if self.schedule else self.weights
+        options = {c.name: {**self.options.get(c.name, {}), **_changes(c.objective)} for c in self.components}
+        options = {name: fields for name, fields in options.items() if fields}
+        return replace(self, weights=weights, schedule={}, options=options)
 
     @property
     def _points(self) -> list[tuple[int, Mapping[str, float]]]:
-        return [(0, self.weights), *sorted((int(start), weights) for start, weights in self.schedule.items())]
+        return [(0, self.weights), *sorted(((int(k), weights) for k, weights in self.schedule.items()), key=lambda p: p[0])]
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -296,25 +312,35 @@ class Mixture(Composite):
         """Loss tokens of a sample by component, where weights are shares of those."""
         if self.by == "samples":
             return np.ones(len(self.components))
-        return np.array([loss_tokens(component.objective) for component in self.components])
+        return np.array([loss_tokens(component.objective, self.piece(LENGTH)) for component in self.components])
 
 
-def loss_tokens(objective: Objective, length: int = 512, samples: int = 64) -> float:
-    """Mean divisor of the objective's vocabulary heads for samples that fill `length` positions, measured."""
+LENGTH = 512
+"""Positions of a row for which the loss tokens of a sample are measured."""
+
+
+def loss_tokens(objective: Objective, piece: int, samples: int = 64) -> float:
+    """Mean divisor of the objective's vocabulary heads for samples of `piece` tokens, measured."""
     vocab = Vocabulary.synthetic()
     heads = [head.name for head in objective.heads if head.classes is None]
-    made = _synthetic(objective, vocab, length, samples)
+    made = _synthetic(objective, vocab, piece, samples)
     parts = [part for example in made for part in (example, *example.then)]
     return sum(part.targets[name].total for part in parts for name in heads if name in part.targets) / samples
+
+
+def _changes(objective: Objective) -> dict[str, Any]:
+    """Fields that an evaluation sets to other values."""
+    pairs = ((f.name, getattr(objective.evaluated, f.name)) for f in fields(objective))
+    return {name: value for name, value in pairs if value != getattr(objective, name)}
 
 
 def _finite(number: object) -> bool:
     return isinstance(number, int | float) and math.isfinite(number)
 
 
-def _synthetic(objective: Objective, vocab: Vocabulary, length: int, samples: int) -> Iterator[Example]:
+def _synthetic(objective: Objective, vocab: Vocabulary, piece: int, samples: int) -> Iterator[Example]:
     """Examples of documents of random words."""
     for number in range(samples):
         rng = random.generator("loss tokens", number)
-        texts = [rng.choice(vocab.words, objective.piece(length)) for _ in range(objective.documents)]
-        yield objective.example([Document(text) for text in texts], vocab, length, rng)
+        texts = [rng.choice(vocab.words, piece) for _ in range(objective.documents)]
+        yield objective.example([Document(text) for text in texts], vocab, LENGTH, rng)

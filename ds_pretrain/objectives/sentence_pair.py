@@ -5,10 +5,12 @@
     bert   nsp with masked LM, albert   sop with masked LM
 
 Nothing but the text may tell the answer. For NSP both documents are cut by one and the same draw, to lengths that fit
-inside both and never at their ends, and the coin decides last whose second half is shown: lengths and cuts are then
-exchangeable between the two labels, and no segment begins or ends a document. (Where the shorter document was shown whole,
-"A begins one and B ends one" told the label of 88% of the pairs of a corpus of paragraphs.) Nothing is used up either: every
-piece of the corpus is A once per epoch, and B is drawn beside it.
+inside both and never at their ends, before a word of either, and the coin decides last whose second half is shown: lengths
+and cuts are then exchangeable between the two labels. (Where the shorter document was shown whole, "A begins one and B ends
+one" told the label of 88% of the pairs of a corpus of paragraphs; where the cut fell inside words, half a word behind a full
+stop did.) Nothing is used up: every piece of the corpus is A once per epoch, and B is drawn beside it. The price of segments
+that lie anywhere inside a piece is text: a pair of SOP shows half of its piece, and fills half of the place that was planned
+for it; one of NSP two thirds.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ class NextSentencePrediction(SentencePair):
         window = self._shorter(min(len(doc.tokens) for doc in docs) - 2, rng)
         starts = [int(rng.integers(1, len(doc.tokens) - window)) for doc in docs]
         mine, other = (doc.tokens[start : start + window] for doc, start in zip(docs, starts, strict=True))
-        half, label = int(rng.integers(1, window)), int(rng.random() < 0.5)
+        joints, others = vocab.joints(mine)[1:], vocab.joints(other)[1:]
+        seams = np.flatnonzero((joints == others) & (joints > 0)) + 1
+        half = int(rng.choice(seams)) if len(seams) else int(rng.integers(1, window))
+        label = int(rng.random() < 0.5)
         return Pair(mine[:half], (other if label else mine)[half:], label)
 
 
@@ -111,7 +116,7 @@ class SentenceOrderPrediction(SentencePair):
 
     def pair(self, docs: Sequence[Document], vocab: Vocabulary, rng: np.random.Generator) -> Pair:
         (doc,) = docs
-        places = np.flatnonzero(vocab.word_starts(doc.tokens))[1:]
+        places = np.flatnonzero(vocab.joints(doc.tokens) >= 2)[1:]  # tokens that begin a word whatever is before them
         if len(places) < ENOUGH:
             places = np.arange(1, len(doc.tokens))
         longest = self._shorter((len(places) - 1) // 2, rng)

@@ -53,6 +53,8 @@ class SimCSE(Objective):
     def __post_init__(self) -> None:
         if isinstance(self.mlm, Mapping):  # as a run file writes it
             object.__setattr__(self, "mlm", create(**{"name": "mlm", **self.mlm}))
+        if not isinstance(self.mlm, MaskedLanguageModeling):
+            raise ValueError(f"mlm of simcse has the fields of masked LM, got {self.mlm!r}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.length < 1 or self.mlm_weight < 0:
@@ -94,8 +96,14 @@ class SimCSE(Objective):
     def unusable(self, doc: Document, vocab: Vocabulary) -> str | None:
         if not self.supervised:
             return None
-        found = len(self._lines(doc.tokens, vocab))
-        return None if found == 3 else f"{found} lines where simcse needs a sentence, an entailed one and a hard negative"
+        lines = self._lines(doc.tokens, vocab)
+        if len(lines) != 3:
+            return (
+                f"{len(lines)} line{'s' * (len(lines) > 1)} where simcse with objective.supervised=true needs three: a "
+                "sentence, an entailed one and a hard negative"
+            )
+        glued = [bool(vocab.line_ends[line[-1]]) for line in lines]
+        return "lines that end in tokens of different kinds, which tell them apart" if any(glued) and not all(glued) else None
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
@@ -117,12 +125,11 @@ class SimCSE(Objective):
 
     @property
     def tallied(self) -> tuple[str, ...]:
-        return ("simcse/correct", "simcse/scored")
+        """Nothing: without dropout both views are the same, and each sentence is its own nearest."""
+        return ()
 
     def tallies(self, read: Readout, batch: Batch, comm: Comm) -> Mapping[str, Tensor]:
-        """Sentences whose own second view is the nearest."""
-        similarity, own = self._similarity(read, batch, comm)
-        return {"simcse/correct": (similarity.argmax(1) == own).sum(), "simcse/scored": similarity.new_tensor(len(own))}
+        return {}
 
     def _similarity(self, read: Readout, batch: Batch, comm: Comm) -> tuple[Tensor, Tensor]:
         """Scaled cosines of this rank's sentences with all second views and hard negatives [n, N], and their own column."""
@@ -141,8 +148,10 @@ class SimCSE(Objective):
 
     @staticmethod
     def _lines(tokens: np.ndarray, vocab: Vocabulary) -> list[np.ndarray]:
+        """The lines, without tokens that are nothing but line ends: the last line often has none, which would tell it."""
         ends = np.flatnonzero(vocab.line_ends[tokens]) + 1
-        return [line for line in np.split(tokens, ends) if len(line)]
+        lines = (line[~vocab.blank[line]] for line in np.split(tokens, ends))
+        return [line for line in lines if len(line)]
 
 
 def _mark(length: int, kind: int) -> Target[np.ndarray]:

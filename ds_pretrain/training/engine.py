@@ -108,7 +108,7 @@ class Criterion:
 
     def _keep(self, kept: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            if not name.startswith(self.copies):
+            if not any(name == copy or name.startswith(f"{copy}/") for copy in self.copies):
                 kept[name] = kept.get(name, 0) + value.detach().double()
 
     def generated(self, read: Readout, labels: Tensor, weights: Tensor, hidden: Tensor) -> Tensor:

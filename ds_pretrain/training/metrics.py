@@ -146,7 +146,7 @@ def attended_pairs(batches: Sequence[Batch]) -> float:
 
 def _pairs(batch: Batch) -> int:
     real = batch.attention.segment != 0
-    position = batch.position[real]
+    position = batch.attention.offset()[real]
     if batch.attention.kind == "causal":
         return int((position + 1).sum())
     if batch.attention.kind == "full":  # sum over a document of (2 p + 1) is its length squared

@@ -19,7 +19,7 @@ import yaml
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.data.audit import Audit
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset
-from ds_pretrain.data.loader import Loader, check_sizes
+from ds_pretrain.data.loader import Loader, Step, check_sizes
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
@@ -198,7 +198,7 @@ class PreTrainer:
         seconds = time.perf_counter() - began
         watch.step(self.step, result.loss, result.tokens / seconds)
         if self.step % self.log_every == 0 or self.step == self.max_steps or not result.finite:
-            self._log(result, batches, lr, seconds, metrics, watch)
+            self._log(result, Step(batches, cursor, consumed), lr, seconds, metrics, watch)
         self._judge(result, watch)
         self._compare()
         return result
@@ -209,14 +209,12 @@ class PreTrainer:
             agreement.check(self.model, self.step)
             self._checked = True
 
-    def _log(
-        self, result: StepResult, batches: list[Batch], lr: float, seconds: float, metrics: MetricsLog, watch: Watch
-    ) -> None:
+    def _log(self, result: StepResult, step: Step, lr: float, seconds: float, metrics: MetricsLog, watch: Watch) -> None:
         """A line of metrics, and a look at what the batches hold."""
         if self.mesh.rank > 0:
             return
-        metrics.write(self._line(result, batches, lr, seconds))
-        self.audit.add(batches)
+        metrics.write(self._line(result, step.batches, lr, seconds))
+        self.audit.add(step.batches, step.consumed)
         for surprise in self.audit.surprises():
             watch.say(surprise)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,3 +158,12 @@ def test_a_target_divides_by_its_weights_unless_told_otherwise():
 def test_words_are_what_is_not_special():
     vocab = Vocabulary(10, 0, 1, 2, 3, 4, 5, (6, 7), frozenset(range(8)))
     assert vocab.words.tolist() == [8, 9] and vocab.is_special.tolist() == [True] * 8 + [False] * 2
+
+
+def test_words_of_any_script():
+    """Marks belong to their letter, an ideograph is a word (BERT's rule), and so is every other sign."""
+    text = "हिन्दी cafe\u0301 你好 ไทย-x"
+    vocab = replace(Vocabulary.synthetic(), surfaces=lambda: list(text), specials=frozenset(), size=len(text))
+    starts = vocab.word_starts(np.arange(len(text)))
+    words = "".join("|" * bool(start) + char for start, char in zip(starts, text, strict=True))
+    assert words == "|हिन्दी| |cafe\u0301| |你|好| |ไทย|-|x"

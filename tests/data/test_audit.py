@@ -9,22 +9,25 @@ from ds_pretrain.data.audit import Audit
 from ds_pretrain.data.dataset import Cursor, Samples
 from ds_pretrain.objectives import REGISTRY, MaskedLanguageModeling, create
 
+MIXED = create("mixture", weights={"clm": 0.4, "fim": 0.3, "mdlm": 0.3})
+
 
 def audited(objective, expected=None, rows=400):
     data = Samples(corpus(800), VOCAB, 64, objective, "train", 0)
     audit, cursor, told = Audit(expected or objective, VOCAB), Cursor(), []
     for _ in range(10):
         taken, cursor = data.rows(cursor, rows // 10)
-        audit.add([data.collate(taken)])
+        audit.add([data.collate(taken)], data.consumed(taken))
         told += audit.surprises()
     return audit, told
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_no_objective_surprises_itself(name):
-    audit, told = audited(create(name))
+@pytest.mark.parametrize("objective", [*map(create, REGISTRY), MIXED], ids=[*REGISTRY, "of several"])
+def test_no_objective_surprises_itself(objective):
+    """And counts all that it promises, its components' promises included."""
+    audit, told = audited(objective)
     assert told == [] and 0 < audit.shares["useful"] <= 1
-    assert set(create(name).expected) <= set(audit.shares)
+    assert set(objective.expected) <= set(audit.shares)
 
 
 @dataclass(frozen=True, kw_only=True)

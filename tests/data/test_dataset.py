@@ -254,6 +254,23 @@ def test_a_mixture_follows_its_schedule_and_counts_what_it_consumed():
     assert dataset("clm").consumed(rows[:1]) == Counter()
 
 
+@pytest.mark.parametrize("position", [True, False])
+def test_where_documents_see_each_other_one_ends_before_the_next(position):
+    data = dataset(CausalLanguageModeling(reset_position=position, reset_attention=False))
+    batch = data.collate(epoch_of_rows(data, 0))
+    labels, inputs = batch.targets["clm"].labels[:, :-1], batch.inputs[:, 1:]
+    touching = (batch.attention.segment[:, 1:] != 0) & (labels != inputs)
+    assert (inputs[touching] == VOCAB.eod).all() and (inputs == VOCAB.eod).sum() > 100
+
+
+def test_loss_tokens_are_shared_as_asked_where_components_take_other_pieces():
+    """Span corruption needs room for sentinels, so a causal component of the same mixture gets shorter pieces too."""
+    options = {"span_corruption": {"density": 0.5}}
+    data = dataset(create("mixture", weights={"clm": 0.5, "span_corruption": 0.5}, by="tokens", options=options), corpus(3000))
+    totals = {name: target.total for name, target in data.collate(epoch_of_rows(data, 0)).targets.items()}
+    assert totals["clm"] / sum(totals.values()) == pytest.approx(0.5, abs=0.03)
+
+
 @pytest.mark.parametrize("by", ["samples", "tokens"])
 def test_weights_are_shares_of_what_they_say(by):
     """80% causal, 20% masked: by loss tokens the masked one, which scores 15% of its tokens, is drawn more often."""

@@ -336,15 +336,30 @@ def test_mlm_refuses_impossible_settings(fields, message):
         ({"name": "mlm", "span_max": 2.5}, "span_max of mlm is a whole number"),
         ({"name": "clm", "eod_loss": "no"}, "eod_loss of clm is true or false"),
         ({"name": "electra", "rtd_weight": math.nan}, "rtd_weight of electra is a number"),
-        ({"name": "mixture", "weights": 3}, "map names to numbers"),
+        ({"name": "mixture", "weights": 3}, "weights of mixture is a mapping"),
         ({"name": "mixture", "weights": {"clm": "a"}}, "weights of a mixture are numbers, got clm='a'"),
         ({"name": "mixture", "weights": {"clm": math.nan}}, "weights of a mixture are numbers"),
         ({"name": "mixture", "weights": {"mixture": 1.0, "clm": 1.0}}, "mixture cannot be a component"),
+        ({"name": "prefix_lm", "ratio": "0.5"}, "ratio of prefix_lm is a number"),
+        ({"name": "simcse", "mlm": 3}, "mlm of simcse has the fields of masked LM"),
+        ({"name": "mixture", "schedule": 3}, "schedule of mixture is a mapping"),
+        (
+            {"name": "mixture", "weights": {"mlm": 1, "nsp.2": 1}, "options": {"nsp.2": {"name": "nsp"}}},
+            "nsp.2: a component's name has no dot",
+        ),
+        (
+            {"name": "mixture", "weights": {"simcse": 1, "hot": 1}, "options": {"hot": {"name": "simcse", "temperature": 1}}},
+            "simcse, hot: a mixture has one contrastive component at most",
+        ),
     ],
 )
 def test_a_field_of_another_type_is_refused_by_its_name(fields, told):
     with pytest.raises(ValueError, match=told):
         create(**fields)
+
+
+def test_a_whole_float_is_a_whole_number():
+    assert type(create("mlm", span_max=3.0).span_max) is int
 
 
 def test_mixtures_that_cannot_be_are_refused_with_the_components():
@@ -364,10 +379,24 @@ def test_a_triplet_that_does_not_fit_or_is_none_is_refused_before_training():
     objective = create("simcse", supervised=True)
     vocab = replace(VOCAB, surfaces=lambda: ["\n" if i == VOCAB.words[0] else "a" for i in range(VOCAB.size)])
     ends = [*VOCAB.words[1:5].tolist(), int(VOCAB.words[0])]
-    for bad, told in ((ends * 2, "2 lines where simcse needs"), (ends * 2 + line * 20, r"\d+ tokens, 58 fit a row of 64")):
+    for bad, told in (
+        (ends * 2, "2 lines where simcse with objective.supervised=true needs three"),
+        (ends * 2 + line * 20, r"\d+ tokens, 58 fit a row of 64"),
+    ):
         store = Listed([[*ends * 3, VOCAB.eod]] * 999 + [[*bad, VOCAB.eod]])
         with pytest.raises(ValueError, match=rf"1 of 1000 documents .* document 999 has {told}"):
             Samples(store, vocab, 64, objective, "train", 0)
+
+
+def test_nothing_but_its_words_tells_a_hard_negative_from_a_positive():
+    """The last line of a document mostly has no line end; the others must then have none either."""
+    newline, words = int(VOCAB.words[0]), VOCAB.words[1:5].tolist()
+    vocab = replace(VOCAB, surfaces=lambda: ["\n" if i == newline else "a" for i in range(VOCAB.size)])
+    tokens = np.array([*words, newline, *words, newline, *words], dtype=np.int32)
+    e = create("simcse", supervised=True).example([Document(tokens)], vocab, 64, rng.generator(0))
+    assert len({part.inputs.tobytes() for part in parts(e)}) == 1 and newline not in e.inputs
+    glued = replace(VOCAB, surfaces=lambda: [".\n" if i == newline else "a" for i in range(VOCAB.size)])
+    assert "tell them apart" in create("simcse", supervised=True).unusable(Document(tokens), glued)
 
 
 class Listed:
@@ -382,6 +411,13 @@ class Listed:
 
     def slice(self, i, start, stop):
         return self.documents[i][start:stop]
+
+
+def test_an_evaluation_of_a_mixture_scores_every_component_on_whole_documents():
+    mixed = create("mixture", weights={"mlm": 1, "clm": 0}, schedule={9: {"mdlm": 1}}, options={"mdlm": {"eps": 0.01}})
+    found = mixed.evaluated
+    assert dict(found.weights) == {"mlm": 0.5, "clm": 0.0, "mdlm": 0.5} and not found.schedule
+    assert dict(found.options) == {"mdlm": {"eps": 0.01, "random_length": 0.0}} and found.heads == mixed.heads
 
 
 def test_a_bound_is_evaluated_on_whole_documents():

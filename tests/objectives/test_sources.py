@@ -386,12 +386,14 @@ SURFACES = VOCAB.surfaces()
 
 
 def clues(a, b, docs):
-    """What should not tell the answer: lengths, final punctuation, and whether the pair touches an end of a document. (Its
-    first words may: text that opens with a heading is in order, which is what the task asks about.)"""
+    """What should not tell the answer: lengths, final punctuation, whether the cut falls inside a word, and whether the pair
+    touches an end of a document. (Its first words may: text that opens with a heading is in order, which is what the task
+    asks about.)"""
     found = [len(a), len(b), math.log(len(a) / len(b)), len(a) > len(b), len(a) + len(b)]
     for part in (a, b):
         last = SURFACES[part[-1]].rstrip()
         found += [last.endswith((".", "!", "?")), last == ""]
+    found.append(bool(VOCAB.word_starts(np.array([a[-1], b[0]]))[1]))
     begins = any(np.array_equal(x, doc.tokens[: len(x)]) for x in (a, b) for doc in docs)
     return [*found, begins, any(np.array_equal(x, doc.tokens[-len(x) :]) for x in (a, b) for doc in docs)]
 
@@ -523,7 +525,7 @@ def test_gumbel_samples_follow_softmax():
 def test_no_gumbel_noise_is_infinite(monkeypatch):
     """The largest and the smallest that there can be: an infinite one would win over any logit."""
     for bits in (-1, 0):
-        monkeypatch.setattr("ds_pretrain.models.heads.mix", lambda x, bits=bits: torch.full_like(x, bits))
+        monkeypatch.setattr("ds_pretrain.models.noise.mix", lambda x, bits=bits: torch.full_like(x, bits))
         noise = gumbel(torch.zeros(1, dtype=torch.int64), 0, 1)
         assert noise.isfinite().all() and -3 < noise.item() < 17
 

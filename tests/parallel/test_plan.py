@@ -26,32 +26,34 @@ def test_a_world_that_does_not_divide_is_refused_with_the_numbers_and_the_fix(wo
 
 def test_tensor_counts_fastest_then_data_and_pipeline_is_outermost():
     at = [ParallelPlan(tensor=2, pipeline=2).coordinate(rank, 8) for rank in range(8)]
-    assert at == [Coordinate(p, d, t) for p in range(2) for d in range(2) for t in range(2)]
+    assert at == [Coordinate(p, d, 0, t) for p in range(2) for d in range(2) for t in range(2)]
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 3])
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("data", [1, 2, 5])
-def test_every_place_is_taken_once(tensor, pipeline, data):
-    world = tensor * pipeline * data
-    plan = ParallelPlan(tensor=tensor, pipeline=pipeline)
+def test_every_place_is_taken_once(tensor, pipeline, data, context):
+    world = tensor * pipeline * data * context
+    plan = ParallelPlan(tensor=tensor, pipeline=pipeline, context=context)
     at = [plan.coordinate(rank, world) for rank in range(world)]
     assert len(set(at)) == world
-    assert max(at) == Coordinate(pipeline - 1, data - 1, tensor - 1)
-    assert [(c.pipeline * data + c.data) * tensor + c.tensor for c in at] == list(range(world))
+    assert max(at) == Coordinate(pipeline - 1, data - 1, context - 1, tensor - 1)
+    numbers = [((c.pipeline * data + c.data) * context + c.context) * tensor + c.tensor for c in at]
+    assert numbers == list(range(world))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_the_grid_is_the_one_deepspeed_means(tensor, pipeline):
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_grid_is_the_one_deepspeed_means(tensor, pipeline, context):
+    """Context ranks are data ranks to DeepSpeed."""
     topology = pytest.importorskip("deepspeed.runtime.pipe.topology")
-    plan, grid = (
-        ParallelPlan(tensor=tensor, pipeline=pipeline),
-        topology.PipeModelDataParallelTopology(pipeline, tensor, 2),
-    )
-    for rank in range(tensor * pipeline * 2):
-        place = grid.get_coord(rank)
-        assert plan.coordinate(rank, tensor * pipeline * 2) == (place.pipe, place.data, place.model)
+    plan, world = ParallelPlan(tensor=tensor, pipeline=pipeline, context=context), tensor * pipeline * context * 2
+    grid = topology.PipeModelDataParallelTopology(pipeline, tensor, 2 * context)
+    for rank in range(world):
+        place, at = grid.get_coord(rank), plan.coordinate(rank, world)
+        assert (at.pipeline, at.data * context + at.context, at.tensor) == (place.pipe, place.data, place.model)
 
 
 def test_a_plan_is_read_as_people_write_it():
@@ -61,6 +63,7 @@ def test_a_plan_is_read_as_people_write_it():
         ParallelPlan(pipeline=4): "PP4",
         ParallelPlan(tensor=2, pipeline=4): "TP2xPP4",
         ParallelPlan(tensor=2, sequence=True): "TP2+SP",
+        ParallelPlan(tensor=2, context=4, pipeline=2): "TP2xCP4xPP2",
     }
     assert {plan: str(plan) for plan in names} == names
 

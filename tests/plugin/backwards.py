@@ -1,4 +1,4 @@
-"""A twelfth objective, outside the package: read a document from its end to its beginning."""
+"""A further objective, outside the package: read a document from its end to its beginning."""
 
 from dataclasses import dataclass
 

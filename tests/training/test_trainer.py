@@ -310,7 +310,10 @@ def test_attended_pairs_are_those_of_the_dense_mask(pattern):
     assert metrics.real_tokens(batches) == 7 + 8 + 4
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+SWITCHED = [create("clm", reset_position=p, reset_attention=a) for p in (True, False) for a in (True, False)]
+
+
+@pytest.mark.parametrize("objective", [*SWITCHED, create("mlm"), create("prefix_lm")], ids=str)
 def test_attended_pairs_of_real_batches_are_those_of_the_dense_mask(data, objective):
     dataset = PretrainingDataset(data, seq_len=128, objective=objective)
     batch = dataset.collate(dataset.rows(Cursor(), 16)[0])
