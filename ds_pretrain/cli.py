@@ -7,6 +7,7 @@ that says what to do, exit code 2 and nothing half-written; `train --debug` lets
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,9 +73,15 @@ def train(
     debug: Annotated[
         bool, typer.Option(help="One process, deterministic, anomaly detection, first batch previewed, full traceback.")
     ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(help="The same bits each time on one layout: no kernel that sums in an order of its own. Slower on GPUs."),
+    ] = False,
 ) -> None:
     """Train a run; in an existing output it continues from the newest sound checkpoint."""
     config, dataset = _open_run(run, overrides)
+    if deterministic:
+        _determine()
     if debug:
         _debug(dataset, config)
     trainer = make_trainer(config, dataset)
@@ -479,6 +486,16 @@ def _verify() -> Any:
     from ds_pretrain.parallel.mesh import place
 
     return "full" if place().local_rank == 0 else "sizes"
+
+
+def _determine() -> None:
+    """No kernel whose sums have an order of their own; an operation that has no other ends the run with its name."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _debug(dataset: Any, config: RunConfig) -> None:

@@ -6,9 +6,12 @@ formula of Korthikanti et al. 2022; buffers of the libraries are not in it.
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from ds_pretrain.config import RunConfig
+from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.plan import stage_of_layer
 from ds_pretrain.training.deepspeed_json import half, stage_of
@@ -24,28 +27,34 @@ def tables(config: RunConfig, world: int, tokenizer_size: int | None) -> list[Ta
             "positions": config.model.positions or config.batch.seq_len,
         }
     )
-    return [_places(config, model, world), _parameters(model), _memory(config, model, world), _batches(config, world)]
+    return [_places(config, model, world), _parameters(config, model), _memory(config, model, world), _batches(config, world)]
 
 
 def _places(config: RunConfig, model: ModelConfig, world: int) -> Table:
     plan = config.parallel.plan()
     stages = stage_of_layer(model.layers, plan.pipeline)
-    table = Table("rank", "pipeline", "data", "tensor", "layers", title=f"places: {world} ranks, layout {plan}")
+    table = Table("rank", "pipeline", "data", "context", "tensor", "layers", title=f"places: {world} ranks, layout {plan}")
     for rank in range(min(world, 64)):
         at = plan.coordinate(rank, world)
         layers = [i for i, stage in enumerate(stages) if stage == at.pipeline]
         ends = "embedding, " * (at.pipeline == 0) + f"{layers[0]}-{layers[-1]}" + ", head" * (at.pipeline == plan.pipeline - 1)
-        table.add_row(*map(str, (rank, at.pipeline, at.data, at.tensor, ends)))
+        table.add_row(*map(str, (rank, at.pipeline, at.data, at.context, at.tensor, ends)))
     if world > 64:
-        table.add_row("...", "", "", "", f"{world - 64} more")
+        table.add_row("...", "", "", "", "", f"{world - 64} more")
     return table
 
 
-def _parameters(model: ModelConfig) -> Table:
+def _parameters(config: RunConfig, model: ModelConfig) -> Table:
     table = Table("part", "parameters", title="parameters")
     for part, count in model.parameter_table():
         table.add_row(part, f"{count:,}")
-    table.add_row("total", f"{model.count_parameters():,}", style="bold")
+    objective = config.make_objective()
+    every = sum(math.prod(shape) for shape in parameter_shapes(model, objective).values())
+    if every != model.count_parameters():
+        table.add_row(
+            f"heads of {objective.name}" + " and generator" * bool(objective.generator), f"{every - model.count_parameters():,}"
+        )
+    table.add_row("total", f"{every:,}", style="bold")
     table.add_row("without embeddings (N of scaling laws)", f"{model.count_parameters(embeddings=False):,}")
     return table
 
@@ -72,18 +81,19 @@ def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float
 def _stage_memory(config: RunConfig, model: ModelConfig, world: int, stage: int) -> dict[str, float]:
     json, plan = config.deepspeed_json(), config.parallel.plan()
     data, zero, width = plan.data(world), stage_of(json), 2 if half(json) else 4
+    replicas = data * plan.context
     small = _generator(config, model)
     mine = (stage_parameters(model, plan.pipeline)[stage] + (small.count_parameters(False) if small else 0)) / plan.tensor
     micro = config.batch.micro_size or max(1, config.batch.global_size // data)
     accumulation = config.batch.global_size // (micro * data)
-    rows, layers = micro * config.batch.seq_len, stage_of_layer(model.layers, plan.pipeline).count(stage)
+    rows, layers = micro * config.batch.seq_len / plan.context, stage_of_layer(model.layers, plan.pipeline).count(stage)
     flying = min(plan.pipeline - stage, accumulation)  # 1F1B: micro-batches that wait for their backward pass here
     last = stage == plan.pipeline - 1
     return {
-        "weights": mine * width / (data if zero == 3 else 1),
-        "gradients": mine * width / (data if zero >= 2 else 1),
-        "fp32 master": mine * 4 * (width == 2 or zero > 0) / (data if zero else 1),
-        "Adam moments": mine * 8 / (data if zero else 1),
+        "weights": mine * width / (replicas if zero == 3 else 1),
+        "gradients": mine * width / (replicas if zero >= 2 else 1),
+        "fp32 master": mine * 4 * (width == 2 or zero > 0) / (replicas if zero else 1),
+        "Adam moments": mine * 8 / (replicas if zero else 1),
         "activations": rows * width * layers * flying * (_kept(config, model) + (_kept(config, small) if small else 0)),
         "logits and their gradient, were every position scored": last * rows * 2 * 4 * model.vocab_size / plan.tensor,
     }

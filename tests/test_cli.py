@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from ds_pretrain.cli import app, main
 from ds_pretrain.objectives import REGISTRY
+from ds_pretrain.training.checkpoint import Snapshot
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -47,11 +49,14 @@ def ok(*arguments):
     return result.output
 
 
+def environment():
+    """Of a shell that nobody launched a rank in."""
+    given = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return {name: value for name, value in given.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
 def process(*command, cwd=ROOT):
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def losses(output):
@@ -194,6 +199,32 @@ def test_every_launcher_trains_the_same_run(run_file, tmp_path):
         assert result.returncode == 0, (name, result.stderr[-2000:])
         found[name] = losses(tmp_path / name)
     assert found["torchrun"] == found["deepspeed"] == found["local"] and len(found["local"]) == 6
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_is_named(run_file, tmp_path):
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ds_pretrain", "train", run_file]
+    overrides = [f"output={tmp_path / 'out'}", "train.max_steps=100000", "train.eval_every=0"]
+    with subprocess.Popen(
+        list(map(str, command + overrides)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as run:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+            assert run.poll() is None
+            time.sleep(0.2)
+        ranks = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        os.kill(ranks[-1], signal.SIGKILL)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in told and "local_rank: 1" in told
+
+
+def test_deterministic_runs_are_the_same_bit_for_bit(run_file, tmp_path):
+    for name in ("a", "b"):
+        arguments = ["train", run_file, "--deterministic", "model.dropout=0.1", f"output={tmp_path / name}"]
+        result = process("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ds_pretrain", *arguments)
+        assert result.returncode == 0, result.stderr[-2000:]
+    first, second = (Snapshot(tmp_path / name / "checkpoints" / "step-6") for name in ("a", "b"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert all(torch.equal(first.whole(*key), second.whole(*key)) for key in first.index)
 
 
 def ends(monkeypatch, capsys, *arguments):

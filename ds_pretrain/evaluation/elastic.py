@@ -29,6 +29,8 @@ _PLANS = [
     (ParallelPlan(pipeline=2), 2, 1),
     (ParallelPlan(tensor=2, pipeline=2), 4, 1),
     (ParallelPlan(tensor=2), 4, 3),
+    (ParallelPlan(context=2), 2, 3),
+    (ParallelPlan(tensor=2, context=2), 4, 2),
 ]
 CASES = [Case(OBJECTIVE, plan, world, stage, accumulation=2) for plan, world, stage in _PLANS]
 

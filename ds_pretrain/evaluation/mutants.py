@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from ds_pretrain.core import loss as losses
 from ds_pretrain.core.batch import Batch, Target
@@ -32,6 +33,7 @@ from ds_pretrain.training.agreement import DisagreementError
 STEPS = 2
 ALONE, DATA = ParallelPlan(), ParallelPlan()
 TENSOR, SEQUENCE, PIPELINE = ParallelPlan(tensor=2), ParallelPlan(tensor=2, sequence=True), ParallelPlan(pipeline=2)
+CONTEXT = ParallelPlan(context=2)
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,15 @@ def caught_by(mutant: Mutant) -> str | None:
     truth = parity.expected(case.objective, case.rows, STEPS)
     try:
         with mutant.patch():
-            result = parity.compare(case, *parity.observed(case, STEPS), *truth)
+            result = parity.measure(case, STEPS, *truth)
     except DisagreementError as error:
         return f"agreement of ranks: {error.found[0]}"
     if place().rank > 0 or result.passed:
         return None
     if result.gradient_error > max(parity.LIMITS[case.precision][1], parity.ORDER):
         return f"gradient of step 1: {result.worst} by {result.gradient_error:.1e}"
+    if result.strayed:
+        return f"influence: {result.strayed} outputs stray"
     return f"loss of {STEPS} steps by {result.loss_error:.1e}"
 
 
@@ -138,6 +142,13 @@ def norms_not_summed_under_sequence_parallelism() -> Iterator[None]:
 @_mutant("mlm", PIPELINE, 2)
 def tied_embedding_not_summed_over_stages() -> Iterator[None]:
     with patch("deepspeed.pipe.PipelineModule.get_tied_weights_and_groups", lambda self: []):
+        yield
+
+
+@_mutant("mlm", PIPELINE, 6)
+def tied_embedding_summed_stage_by_stage() -> Iterator[None]:
+    """As DeepSpeed does it: over three data ranks the two stages round differently."""
+    with patch.object(pipeline, "tie_everywhere", lambda module, mesh: None):
         yield
 
 
@@ -206,6 +217,52 @@ def factor_of_a_head_lost() -> Iterator[None]:
         return losses.step_loss(sums, totals, [replace(head, coefficient=1.0) for head in of], scale)
 
     with patch.object(engine, "step_loss", flat):
+        yield
+
+
+@_mutant("mlm", TENSOR, 2)
+def other_dropout_on_each_tensor_rank() -> Iterator[None]:
+    real = transformer.row_keys
+    with patch.object(transformer, "row_keys", lambda tokens, seed: real(tokens, seed + place().rank)):
+        yield
+
+
+@_mutant("mlm", SEQUENCE, 2)
+def dropout_of_the_first_part_of_the_sequence_everywhere() -> Iterator[None]:
+    def first(self: Any, plane: Tensor) -> Tensor:
+        return self.own(plane).t().chunk(self.mesh.plan.tensor)[0]
+
+    with patch.object(transformer.Build, "own_states", first):
+        yield
+
+
+@_mutant("clm", CONTEXT, 2)
+def every_context_rank_embeds_the_first_positions() -> Iterator[None]:
+    def first(self: Any, plane: Tensor) -> Tensor:
+        return plane.narrow(1, 0, plane.shape[1] // self.mesh.plan.context)
+
+    with patch.object(transformer.Build, "own", first):
+        yield
+
+
+@_mutant("simcse", CONTEXT, 2)
+def embeddings_counted_by_every_context_rank() -> Iterator[None]:
+    def embed(self: Any, head: str, chosen: Tensor) -> Tensor:
+        vectors: Tensor = self.head.classifiers[head](self._normed(self._everywhere()[chosen]), embed=True)
+        return vectors
+
+    with patch.object(heads.Answers, "embed", embed):
+        yield
+
+
+@_mutant("mlm", CONTEXT, 2)
+def heads_of_the_context_ranks_in_another_order() -> Iterator[None]:
+    real = attention.CoreAttention.local
+
+    def turned(self: Any, query: Tensor, key: Tensor, value: Tensor, lowered: Any) -> Tensor:
+        return real(self, query, key.roll(1, 2), value.roll(1, 2), lowered)
+
+    with patch.object(attention.CoreAttention, "local", turned):
         yield
 
 

@@ -91,6 +91,7 @@ class Mesh:
                 distributed_timeout_minutes=10,
             )
             _standing.append(mesh)
+            _ends.extend(_groups_of_ends(mesh))
         mesh.seed(0, 0)
         return mesh
 
@@ -142,6 +143,11 @@ class Mesh:
 
         return parallel_state.get_context_parallel_group()
 
+    @property
+    def ends_group(self) -> dist.ProcessGroup:
+        """The first and the last pipeline stage of all replicas, at this tensor rank: those that hold a tied weight."""
+        return _ends[self.at.tensor]
+
     def seed(self, seed: int, step: int) -> None:
         """Make all dropout of this step a pure function of (seed, step, ...), so that a resume needs nothing saved.
 
@@ -186,14 +192,27 @@ _standing: list[Mesh] = []
 """The mesh whose groups exist now. Building the same one again uses them: every gloo group costs a thread that wakes."""
 
 
+_ends: list[dist.ProcessGroup] = []
+"""By tensor rank; none without a pipeline."""
+
+
+def _groups_of_ends(mesh: Mesh) -> list[dist.ProcessGroup]:
+    if mesh.plan.pipeline == 1:
+        return []
+    places = [mesh.plan.coordinate(rank, mesh.world) for rank in range(mesh.world)]
+    outer = [rank for rank, at in enumerate(places) if at.pipeline in (0, mesh.plan.pipeline - 1)]
+    return [dist.new_group([rank for rank in outer if places[rank].tensor == t]) for t in range(mesh.plan.tensor)]
+
+
 def _tear_down() -> None:
     from megatron.core import parallel_state
 
-    for group in {id(g): g for g in parallel_state._global_process_group_list or [] if g}.values():
+    for group in {id(g): g for g in [*(parallel_state._global_process_group_list or []), *_ends] if g}.values():
         with contextlib.suppress(ValueError, AssertionError):  # a group this rank is not in
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     _standing.clear()
+    _ends.clear()
 
 
 class Mpu:

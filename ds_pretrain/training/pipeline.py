@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.models.transformer import Build, Generator, LayerSpec, first_inputs, initialise, layer_list, prepare_parameters
+from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.training.context import divide_positions
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.engine import Engine
@@ -33,6 +34,7 @@ class PipelineEngine(Engine):
                 layer.tell = self.criterion.generated
         prepare_parameters(module, self.build)
         initialise(module, self.build, self.seed)
+        tie_everywhere(module, self.mesh)
         divide_positions(module, self.mesh)
         torch_optimizer = adamw(optimizer, module, offloads(config))
         if self.build.megatron.sequence_parallel:
@@ -66,6 +68,19 @@ def pipeline_module(build: Build, criterion: Any) -> Any:
         loss_fn=criterion,
         partition_method="type:^Block$",
     )
+
+
+def tie_everywhere(module: Any, mesh: Mesh) -> None:
+    """Sum a tied weight's gradient over its two stages and all replicas at once.
+
+    DeepSpeed sums it over the stages, then over the data ranks of each stage, whose buckets differ and with them the order of
+    their sums: from three data ranks on the two copies drift apart by rounding (seen by `agreement` at step 1 of PP2 x DP3).
+    Summed at once every rank has the same bits, and the sum over data ranks that follows adds equal numbers.
+    """
+    for comm in module.tied_comms.values():
+        comm["group"] = mesh.ends_group
+        for name in comm["weight_attr"]:
+            getattr(comm["module"], name).register_hook(lambda gradient: gradient / mesh.replicas)
 
 
 def _deepspeed_spec(spec: LayerSpec) -> Any:

@@ -25,7 +25,7 @@ from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
 from ds_pretrain.parallel.plan import ParallelPlan
-from ds_pretrain.training import agreement, checkpoint, deepspeed_json
+from ds_pretrain.training import agreement, checkpoint, deepspeed_json, state
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
 from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, step_flops, told
 from ds_pretrain.training.optimizer import OptimizerConfig
@@ -156,7 +156,8 @@ class PreTrainer:
         """The run in one line."""
         if self.step >= self.max_steps:
             return f"already trained to step {self.step:,}: raise train.max_steps to go on"
-        parameters = self.shape.count_parameters() / 1e6
+        here = {shard.name: math.prod(shard.shape) for shard, _ in state.local_parameters(self.model)}
+        parameters = sum({name: size for stage in self.mesh.gather(here) for name, size in stage.items()}.values()) / 1e6
         where = "start" if self.step == 0 else f"resuming at step {self.step:,}"
         return (
             f"{where}: {self.objective.name}, {parameters:,.1f}M parameters, {self.batch_size} x {self.dataset.seq_len} "

@@ -1,16 +1,19 @@
 """The loader: the same step whoever shares it, wherever it starts; errors surface and threads end."""
 
+import itertools
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from memory import VOCAB, corpus
 
 from ds_pretrain.data.dataset import Cursor, Samples
-from ds_pretrain.data.loader import Loader, evaluation_batches
+from ds_pretrain.data.loader import Loader, evaluation_batches, own_rows
 from ds_pretrain.objectives import REGISTRY
 
 objectives = pytest.mark.parametrize("name", list(REGISTRY))
@@ -158,3 +161,18 @@ def test_cursors_survive_a_checkpoint():
 
 def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+@pytest.mark.parametrize("name", ["mlm", "nsp", "ul2"])
+def test_an_epoch_on_six_world_sizes_uses_every_piece_exactly_once(name):
+    """The world changes five times in mid-epoch; the data ranks of each world together go on where the last one stopped."""
+    data, cursor, used = Samples(corpus(900), VOCAB, 64, name, "train", 0), Cursor(), Counter()
+    for world in itertools.chain([1, 2, 4, 3, 8], itertools.repeat(2)):
+        if cursor.block == data.blocks:
+            break
+        rows, cursor = data.rows(cursor, 24)
+        for rank in range(world):
+            own = [sample for micro in own_rows(rows, 24 // world, rank, world) for row in micro for sample in row]
+            number = data.decode(np.array(own, dtype=np.int64))
+            used.update(number.piece[number.epoch == 0].tolist())
+    assert world == 2 and used == Counter(range(len(data)))

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from ds_pretrain.evaluation import parity
+from ds_pretrain.data.dataset import Cursor
+from ds_pretrain.evaluation import influence, parity
 from ds_pretrain.evaluation.parity import Case, Result, cases, compare, left_out, markdown, model_for, objective_for, plans, run
 from ds_pretrain.evaluation.parity import table as drawn
 from ds_pretrain.evaluation.reference import parameter_shapes
@@ -18,7 +19,7 @@ from ds_pretrain.training.engine import build_for
 
 STEPS = {1: 20, 2: 20, 4: 5, 8: 3}
 """Eight ranks on two cores take their time; `ds-pretrain parity` does 20 everywhere."""
-SHARE = {1: 1, 2: 3, 4: 4, 8: 6}
+SHARE = {1: 1, 2: 4, 4: 9, 8: 12}
 """Of the cells of a world size every so manieth is run, in diagonals: every objective and every layout is among them."""
 
 
@@ -109,11 +110,64 @@ def test_losing_the_global_divisor_is_seen(mesh, monkeypatch):
 
     monkeypatch.setattr(engine, "step_loss", mean_of_means)
     case = Case("mlm", ParallelPlan(), 1, 1, 4)
-    assert not compare(case, *parity.observed(case, 3), *parity.expected("mlm", case.rows, 3)).passed
+    result = parity.measure(case, 3, *parity.expected("mlm", case.rows, 3))
+    assert not result.passed and not result.strayed
 
 
 def test_results_are_rendered():
     good = Result(Case("clm", ParallelPlan(tensor=2), 4, 1, 1), 1e-8, 1e-7, "word.weight")
     bad = dataclasses.replace(good, loss_error=1.0)
     assert "1 of 2 cases pass" in str(drawn([good, bad]).caption)
-    assert "| clm | TP2xDP2 | fp32 | 1 | 1 | no | 1.0e-08 | 1.0e-07 | word.weight | yes |" in markdown([good])
+    assert "| clm | TP2xDP2 | fp32 | 1 | 1 | no | 1.0e-08 | 1.0e-07 | word.weight | 0 | yes |" in markdown([good])
+
+
+class Unequal:
+    """Two data ranks' targets a hundred times apart: of one row all but a single target are dropped."""
+
+    @staticmethod
+    def cut(batch, row):
+        target = batch.targets["clm"]
+        weights = target.weights.clone()
+        weights[row, 1:] = 0
+        weights[row, 0] = 1
+        return dataclasses.replace(
+            batch, targets={"clm": dataclasses.replace(target, weights=weights, total=float(weights.sum()))}
+        )
+
+
+def unequal_step(case):
+    """On the ranks: loss and gradients of a step in which the first data rank has a single target."""
+    engine, data = parity.engine_for(case), parity.samples("clm", 128)
+    rows = data.rows(Cursor(), 2)[0]
+    batch = Unequal.cut(data.collate(rows), 0)
+    mine = Unequal.cut(data.collate(rows[:1]), 0) if engine.mesh.at.data == 0 else data.collate(rows[1:])
+    result = engine.step([mine if engine.mesh.data_size > 1 else batch], 1, parity.LR)
+    return result.loss, result.totals["clm"], parity._first_gradients(engine)
+
+
+@pytest.mark.parametrize(("world", "plan"), [(2, ParallelPlan()), (4, ParallelPlan(pipeline=2)), (4, ParallelPlan(context=2))])
+def test_targets_that_differ_by_a_hundred_times_weigh_alike(world, plan):
+    alone = Case("clm", ParallelPlan(), 1, 1, 1)
+    loss, total, truth = spawn(1, unequal_step, alone)
+    again, counted, found = spawn(world, unequal_step, Case("clm", plan, world, 1, 1))
+    assert total == counted > 101
+    assert compare(alone, [again], found, [loss], truth).passed
+
+
+def stray_where_sight_is_wrong():
+    """On one process: a batch whose pattern is another than the one that the network is given."""
+    engine, data = parity.engine_for(Case("clm", ParallelPlan(), 1, 1, 1)), parity.samples("clm")
+    batch = data.collate(data.rows(Cursor(), 4)[0])
+    joined = dataclasses.replace(batch.attention, segment=batch.attention.segment.clamp(max=1))
+    apart = influence.strayed(engine, batch)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(influence, "_closure", lambda mask, layers: joined.dense())
+        wide = influence.strayed(engine, batch)
+        patched.setattr(influence, "_closure", lambda mask, layers: torch.eye(mask.shape[1], dtype=torch.bool).expand_as(mask))
+        narrow = influence.strayed(engine, batch)
+    return apart, wide, narrow
+
+
+def test_sight_that_is_lost_or_leaks_is_counted():
+    apart, wide, narrow = spawn(1, stray_where_sight_is_wrong)
+    assert apart == 0 and wide > 0 and narrow > 0

@@ -67,18 +67,18 @@ def difference(whole, part):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_resume_is_bitwise_under_every_layout(world, data, tmp_path):
     legal = [case for case in cases(world, ["clm"]) if case.illegal is None]
-    if world == 4:  # what two ranks cannot have
-        legal = [case for case in legal if case.plan.pipeline > 1 or (case.plan.tensor > 1 and not case.plan.sequence)]
     layouts = list(dict.fromkeys((case.plan, case.stage) for case in legal))
+    if world == 4:  # every stage runs on two ranks already: here the last one of each layout
+        layouts = list({plan: stage for plan, stage in layouts if plan != ParallelPlan()}.items())
     todo = [(plan, stage, ("clm", "mlm")[i % 2], False) for i, (plan, stage) in enumerate(layouts)]
-    todo += [(plan, 1, "clm", True) for plan in dict.fromkeys(plan for plan, _ in layouts)]
+    todo += [(plan, 1, "clm", True) for plan in dict.fromkeys(plan for plan, _ in layouts)] if world < 4 else []
     for case, found in zip(todo, spawn(world, straight_and_resumed, data, Path(tmp_path), todo), strict=True):
         assert found["losses"] == [] and found["tensors"] == [] and found["compared"] > 50, case
 
 
 def elastic(data, output, plan, stage):
-    """On the ranks: go on from what is in `output`, without dropout."""
-    model = CAUSAL.model_copy(update={"dropout": 0.0})
+    """On the ranks: go on from what is in `output`. Attention's own dropout is each rank's, so there is none."""
+    model = CAUSAL.model_copy(update={"attention_dropout": 0.0})
     dataset = PretrainingDataset(data, seq_len=32, objective="clm", seed=3)
     PreTrainer(
         model=model, objective=dataset.objective, dataset=dataset, plan=plan, batch_size=8, micro_batch_size=1,
