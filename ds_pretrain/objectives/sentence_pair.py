@@ -27,7 +27,7 @@ from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.masked import MaskedLanguageModeling
 
-ENOUGH = 9
+ENOUGH = 5
 """Places that a pair is cut from at least."""
 
 

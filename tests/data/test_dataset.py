@@ -80,8 +80,8 @@ def test_empty_documents_are_counted_and_said(caplog):
     assert len(data) == 2 and data.pieces.unusable == 2
     assert "2 documents have fewer than 1 tokens and give no example of mlm" in caplog.text
     caplog.clear()
-    data = dataset("sop", MemoryStore([2, 11, 10]))
-    assert len(data) == 1 and "2 documents have fewer than 10 tokens and give no example of sop" in caplog.text
+    data = dataset("sop", MemoryStore([2, 7, 6]))
+    assert len(data) == 1 and "2 documents have fewer than 6 tokens and give no example of sop" in caplog.text
 
 
 @objectives

@@ -368,7 +368,7 @@ def test_mixtures_that_cannot_be_are_refused_with_the_components():
     options = {"simcse": {"length": 3}}
     short = create("mixture", weights={"simcse": 0.5, "sop": 0.5}, by="samples", options=options)
     assert short.check(VOCAB, 128) == [
-        "simcse takes 3 tokens of a document at most, sop needs 19: they cannot be mixed like this"
+        "simcse takes 3 tokens of a document at most, sop needs 11: they cannot be mixed like this"
     ]
     assert create("simcse", mlm={"mask_prob": 0.3}, mlm_weight=0.1).mlm.mask_prob == 0.3
 
