@@ -2,7 +2,8 @@
 
 t ~ U(0, 1), p = (1 - eps) t + eps; every maskable token becomes [MASK] with probability p, attention is full. The loss,
 sum over the hidden of nll / p divided by the number of MASKABLE tokens, is an upper bound on the negative log-likelihood
-per token: a bound, not a perplexity (MDLM: Sahoo et al. 2024; LLaDA: Nie et al. 2025).
+per token: a bound, not a perplexity (MDLM: Sahoo et al. 2024; LLaDA: Nie et al. 2025). MDLM can also draw the t of a batch
+in strata; a sample here does not know its batch, which is what makes it the same under any layout, so each draws its own.
 """
 
 from __future__ import annotations
