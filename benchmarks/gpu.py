@@ -231,8 +231,9 @@ def observed(objective: str, precision: str, steps: int) -> tuple[list[float], d
     losses: list[float] = []
     first: dict[str, Tensor] = {}
     for number, batches in enumerate(parity._steps(parity.samples(objective), parity.ROWS, steps), start=1):
-        losses.append(engine.step(batches, number, parity.LR).loss)
-        first = first or parity._first_gradients(engine)
+        result = engine.step(batches, number, parity.LR)
+        losses.append(result.loss)
+        first = first or {parity.NORM: torch.tensor(result.grad_norm), **parity._first_gradients(engine)}
     return losses, first
 
 

@@ -17,7 +17,7 @@ from ds_pretrain.parallel.shards import shards
 from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training.engine import build_for
 
-STEPS = {1: 20, 2: 20, 4: 5, 8: 3}
+STEPS = {1: 20, 2: 20, 4: 3, 8: 2}
 """Eight ranks on two cores take their time; `ds-pretrain parity` does 20 everywhere."""
 SHARE = {1: 1, 2: 4, 4: 9, 8: 12}
 """Of the cells of a world size every so manieth is run, in diagonals: every objective and every layout is among them."""
@@ -39,9 +39,10 @@ def test_every_objective_and_every_layout_trains_the_reference(world):
 
 
 def test_every_stage_accumulation_and_recomputation_trains_the_reference():
-    todo = [case for case in cases(2, ["mlm"]) if case.illegal is None and case.precision == "fp32"]
+    legal = [case for case in cases(2, ["mlm"]) if case.illegal is None and case.precision == "fp32"]
+    todo = [case for case in legal if case.recompute == (case.accumulation == 1)]
     results = spawn(2, parity.run_cases, todo, 2)
-    assert len(results) == 68 and not [r for r in results if not r.passed], markdown(results)
+    assert len(results) == 34 and not [r for r in results if not r.passed], markdown(results)
 
 
 def test_a_run_of_a_few_cells_is_what_was_asked_for():
@@ -140,20 +141,25 @@ def unequal_step(case, kept):
     return result.loss, result.totals["clm"], parity._first_gradients(engine)
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-@pytest.mark.parametrize(("world", "plan"), [(2, ParallelPlan()), (4, ParallelPlan(pipeline=2)), (4, ParallelPlan(context=2))])
-def test_targets_that_differ_by_a_hundred_times_weigh_alike(world, plan, kept):
-    """A data rank with a single target, or none, beside one with more than a hundred."""
-    alone = Case("clm", ParallelPlan(), 1, 1, 1)
-    loss, total, truth = spawn(1, unequal_step, alone, kept)
-    again, counted, found = spawn(world, unequal_step, Case("clm", plan, world, 1, 1), kept)
-    assert total == counted > 100
-    assert compare(alone, [again], found, [loss], truth).passed
+def unequal_steps(cases):
+    """On the ranks: each case with one target and with none on the first data rank."""
+    return [[unequal_step(case, kept) for case in cases] for kept in (1, 0)]
+
+
+def test_targets_that_differ_by_a_hundred_times_weigh_alike():
+    """A data rank with a single target, or none, beside one with more than a hundred: DP2, PP2 x DP2, CP2 x DP2."""
+    alone, apart = Case("clm", ParallelPlan(), 1, 1, 1), Case("clm", ParallelPlan(), 2, 1, 1)
+    both = [Case("clm", plan, 4, 1, 1) for plan in (ParallelPlan(pipeline=2), ParallelPlan(context=2))]
+    truths, *worlds = (spawn(cases[0].world, unequal_steps, cases) for cases in ([alone], [apart], both))
+    for kept, ((loss, total, truth),) in enumerate(truths):
+        assert total > 100
+        for again, counted, found in [result for world in worlds for result in world[kept]]:
+            assert counted == total and compare(alone, [again], found, [loss], truth).passed
 
 
 def stray_where_sight_is_wrong():
     """On one process: a batch whose pattern is another than the one that the network is given."""
-    engine, data = parity.engine_for(Case("clm", ParallelPlan(), 1, 1, 1)), parity.samples("clm")
+    engine, data = parity.engine_for(Case("clm", ParallelPlan(), 1, 1, 1)), parity.samples("clm", 128)
     batch = data.collate(data.rows(Cursor(), 4)[0])
     joined = dataclasses.replace(batch.attention, segment=batch.attention.segment.clamp(max=1))
     apart = influence.strayed(engine, batch)

@@ -41,6 +41,14 @@ MASKED_VIEW = {"name": "simcse", "mlm_weight": 0.1}
 MIXED = {"name": "mixture", "weights": {"simcse": 0.7, "mlm": 0.3}}
 
 
+POOLED = [{"name": "simcse"}, MASKED_VIEW, MIXED]
+
+
+def pooled_steps(deals):
+    """On the ranks: each of these objectives, its rows dealt out to so many micro-batches."""
+    return [[pooled_step(fields, each, 0.0) for each in deals] for fields in POOLED]
+
+
 def pooled_step(fields, deals, dropout):
     """On the ranks: the same 8 rows dealt out to them and to micro-batches."""
     objective = create(**fields)
@@ -53,12 +61,18 @@ def pooled_step(fields, deals, dropout):
     return result.loss, result.sums, gradients(engine)
 
 
-@pytest.mark.parametrize("fields", [{"name": "simcse"}, MASKED_VIEW, MIXED], ids=["simcse", "masked view", "mixture"])
-def test_a_pool_over_ranks_and_micro_batches_is_the_pool_of_one(fields):
+@pytest.fixture(scope="module")
+def pools():
+    """By objective: one process with 1 and 4 micro-batches, two with 1 and 2."""
+    return list(zip(*(spawn(world, pooled_steps, deals) for world, deals in ((1, (1, 4)), (2, (1, 2)))), strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(POOLED)), ids=["simcse", "masked view", "mixture"])
+def test_a_pool_over_ranks_and_micro_batches_is_the_pool_of_one(pools, number):
     """Unequal numbers of sentences: gathered keys, own columns and gradients are those of one process and micro-batch."""
-    loss, sums, true = spawn(1, pooled_step, fields, 1, 0.0)
-    for world, deals in ((1, 4), (2, 1), (2, 2)):
-        again, found_sums, found = spawn(world, pooled_step, fields, deals, 0.0)
+    (loss, sums, true), *others = [found for world in pools[number] for found in world]
+    assert len(others) == 3
+    for again, found_sums, found in others:
         assert again == pytest.approx(loss, rel=1e-6) and found_sums == pytest.approx(sums, rel=1e-6)
         assert distance(found, true) < 1e-6
 
