@@ -18,6 +18,13 @@ from ds_pretrain.training.trainer import PreTrainer
 
 CAUSAL = ModelConfig(layers=2, hidden=32, heads=4, dropout=0.1)
 MASKED = ModelConfig(preset="bert-1m", layers=2, hidden=32, heads=4)
+ON_FOUR = [
+    ParallelPlan(tensor=2),
+    ParallelPlan(pipeline=2),
+    ParallelPlan(tensor=2, pipeline=2),
+    ParallelPlan(tensor=2, context=2),
+]
+"""Layouts of four ranks: what two cannot have, and as many data ranks."""
 
 
 def trainer(data, output, plan, stage, objective, half=False, **more):
@@ -67,14 +74,11 @@ def difference(whole, part):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_resume_is_bitwise_under_every_layout(world, data, tmp_path):
     legal = [case for case in cases(world, ["clm"]) if case.illegal is None]
-    if world == 4:  # what two ranks cannot have
-        several = [plan for plan in (case.plan for case in legal) if plan.unit > 1 and not plan.sequence]
-        legal = [case for case in legal if case.plan in several and (case.plan.context == 1 or case.plan.tensor > 1)]
+    every = (ParallelPlan(), ParallelPlan(tensor=2))  # with all stages; the other layouts with their last one
+    if world == 4:
+        every, legal = (), [case for case in legal if case.plan in ON_FOUR]
     last = {case.plan: case.stage for case in legal}
-    every = [case.plan for case in legal if case.plan in (ParallelPlan(), ParallelPlan(tensor=2)) and world < 4]
-    layouts = list(
-        dict.fromkeys((case.plan, case.stage) for case in legal if case.plan in every or case.stage == last[case.plan])
-    )
+    layouts = dict.fromkeys((c.plan, c.stage) for c in legal if c.plan in every or c.stage == last[c.plan])
     todo = [(plan, stage, ("clm", "mlm")[i % 2], False) for i, (plan, stage) in enumerate(layouts)]
     todo += [(plan, 1, "clm", True) for plan in dict.fromkeys(plan for plan, _ in layouts)] if world < 4 else []
     for case, found in zip(todo, spawn(world, straight_and_resumed, data, Path(tmp_path), todo), strict=True):
