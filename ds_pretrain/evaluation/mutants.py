@@ -89,10 +89,10 @@ def run_here(names: Sequence[str]) -> list[Caught]:
 def caught_by(mutant: Mutant) -> str | None:
     """The first check that notices."""
     case = mutant.case
-    truth = parity.expected(case.objective, case.rows, STEPS)
+    truth = parity.expected(case.objective, case.rows, STEPS) if place().rank == 0 else ([], {})  # before the bug is there
     try:
         with mutant.patch():
-            result = parity.measure(case, STEPS, *truth)
+            result = parity.measure(case, STEPS, lambda objective, rows: truth)
     except DisagreementError as error:
         return f"agreement of ranks: {error.found[0]}"
     if place().rank > 0 or result.passed:
