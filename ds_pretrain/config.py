@@ -295,7 +295,7 @@ def objective_fields(name: str) -> list[tuple[str, str, str]]:
     """The fields of an objective, as `objective.FIELD` in a run file: name, default and what its docstring says."""
     meanings: dict[str, str] = {}
     for cls in reversed(REGISTRY[name].__mro__[:-1]):
-        if cls.__module__.startswith("ds_pretrain") and is_dataclass(cls):
+        if is_dataclass(cls):
             meanings |= _meanings(cls)
     return [(f.name, _default(f), meanings.get(f.name, "")) for f in dataclass_fields(REGISTRY[name])]
 

@@ -80,8 +80,8 @@ def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float
 
 def _stage_memory(config: RunConfig, model: ModelConfig, world: int, stage: int) -> dict[str, float]:
     json, plan = config.deepspeed_json(), config.parallel.plan()
-    data, zero, width = plan.data(world), stage_of(json), 2 if half(json) else 4
-    replicas = data * plan.context
+    data, replicas = plan.data(world), plan.replicas(world)
+    zero, width = stage_of(json), 2 if half(json) else 4
     small = _generator(config, model)
     mine = (stage_parameters(model, plan.pipeline)[stage] + (small.count_parameters(False) if small else 0)) / plan.tensor
     micro = config.batch.micro_size or max(1, config.batch.global_size // data)

@@ -96,7 +96,7 @@ class Stream(NamedTuple):
 
     hidden: [S, B, H], sequence first as megatron-core wants it (S is divided under context and sequence parallelism).
     tokens, position, segment, horizon: int64 [B, S].
-    noise: int64 [B, S], what dropout is drawn from at each position, the same under every layout.
+    noise: int64 [B, S], what dropout is drawn from at each position, the same under every layout; zeros where there is none.
     """
 
     hidden: Tensor

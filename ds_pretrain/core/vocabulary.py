@@ -102,14 +102,16 @@ class Vocabulary:
     @cached_property
     def line_ends(self) -> np.ndarray:
         """Bool [size]: ids whose text ends a line."""
-        texts = self.surfaces() if self.surfaces else [""] * self.size
-        return np.array([text.endswith("\n") for text in texts])
+        return np.array([text.endswith("\n") for text in self._texts])
 
     @cached_property
     def blank(self) -> np.ndarray:
         """Bool [size]: ids whose text is line ends and spaces alone."""
-        texts = self.surfaces() if self.surfaces else [""] * self.size
-        return np.array(["\n" in text and not text.strip() for text in texts])
+        return np.array(["\n" in text and not text.strip() for text in self._texts])
+
+    @property
+    def _texts(self) -> Sequence[str]:
+        return self.surfaces() if self.surfaces else [""] * self.size
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ class Audit:
     """Sums of what is counted in the batches."""
 
     def __init__(self, objective: Objective, vocab: Vocabulary) -> None:
-        self.objective, self.vocab = objective, vocab
+        self.objective, self.vocab, self.expected = objective, vocab, objective.expected
         self._sums: dict[str, Count] = {}
         self._told: set[str] = set()
 
@@ -34,7 +34,7 @@ class Audit:
         """samples: those of each component of a mixture, as `Samples.consumed` counts them."""
         counts: list[Mapping[str, Count]] = [counted(batches, self.vocab, self.objective.heads)]
         counts += [self.objective.counted(batch, self.vocab) for batch in batches]
-        promised = {key.removesuffix("/samples") for key in self.objective.expected if key.endswith("/samples")}
+        promised = {key.removesuffix("/samples") for key in self.expected if key.endswith("/samples")}
         every = sum(samples.values())
         counts.append({f"{name}/samples": (samples.get(name, 0), every) for name in {*promised, *samples}})
         for key, (part, whole) in chain.from_iterable(found.items() for found in counts):
@@ -49,7 +49,7 @@ class Audit:
     def surprises(self) -> list[str]:
         """What strays from what the objective expects, each told once."""
         found = []
-        for key, expected in self.objective.expected.items():
+        for key, expected in self.expected.items():
             part, whole = self._sums.get(key, (0, 0))
             if key in self._told or not whole:
                 continue

@@ -153,8 +153,7 @@ def view(data: Samples, token_text: Callable[[int], str], rows: int | None = Non
     audit.add([batch], data.consumed(taken))
     numbers = told(audit.shares, objective.expected)
     numbers += _class_rates(objective, batch)
-    several = len(data.variants) > 1
-    numbers += _component_rates(batch) if several else _marker_rates(batch, vocab, token_text)
+    numbers += [] if len(data.variants) > 1 else _marker_rates(batch, vocab, token_text)
     numbers.append((f"{sum(map(len, taken)):,}", f"examples of at most {data.seq_len:,} positions were looked at"))
     made = list(islice(_made(data, taken), CANDIDATES))
     shown = _differing(made, reader, rows)
@@ -302,13 +301,6 @@ def _sight(batch: Batch, span: Span) -> str:
     if horizon == [max(i, prefix) for i in range(len(horizon))]:
         return f"0-{prefix} see one another, later ones what came before"
     return f"{prefix} see ahead"
-
-
-def _component_rates(batch: Batch) -> list[tuple[str, str]]:
-    """What each component of a mixture gets of the positions that bear loss."""
-    scored = {name: int((target.weights != 0).sum()) for name, target in batch.targets.items()}
-    every = max(1, sum(scored.values()))
-    return [(f"{n / every:.1%}", f"{name}: of the loss tokens") for name, n in scored.items()]
 
 
 def _class_rates(objective: Objective, batch: Batch) -> list[tuple[str, str]]:

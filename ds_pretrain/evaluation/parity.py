@@ -272,7 +272,8 @@ def observed(case: Case, steps: int) -> tuple[list[float], dict[str, Tensor], in
             if number == 1:
                 agreement.check(engine, number)
                 first = {NORM: torch.tensor(result.grad_norm), **_first_gradients(engine)}
-    batch = samples(case.objective).collate(samples(case.objective).rows(Cursor(), case.micro)[0])
+    data = samples(case.objective)
+    batch = data.collate(data.rows(Cursor(), case.micro)[0])
     return losses, first, strayed(engine, batch, case.precision == "fp32")
 
 

@@ -170,8 +170,8 @@ class Answers:
         noisy = logits + gumbel(row_keys(self.tokens)[chosen], first, logits.shape[-1])
         mesh = self.head.build.mesh
         drawn = cross_entropy.argmax(noisy, first, mesh.tensor_group)
-        changed = self.tokens.masked_scatter(chosen, drawn) - self.tokens
-        return self.tokens + (changed if mesh.plan.context == 1 else all_reduce(changed, mesh.context_group))
+        filled = self.tokens.masked_scatter(chosen, drawn)
+        return filled if mesh.plan.context == 1 else self.tokens + all_reduce(filled - self.tokens, mesh.context_group)
 
     def _classifies(self, head: str) -> bool:
         return head in self.head.classifiers
@@ -189,9 +189,9 @@ class Answers:
 
     def _mine(self, chosen: Tensor) -> Tensor:
         """Bool [B, S]: those of the chosen positions that this context rank has."""
-        mine = torch.zeros_like(chosen)
-        self.head.build.own(mine).fill_(True)
-        return chosen & mine
+        own, mine = self.head.build.own, torch.zeros_like(chosen)
+        own(mine).copy_(own(chosen))
+        return mine
 
     def _everywhere(self) -> Tensor:
         """Hidden states of all positions, [B, S, H]."""

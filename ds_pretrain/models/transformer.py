@@ -192,8 +192,9 @@ class Embed(nn.Module):
         hidden = hidden if self.norm is None else self.norm(hidden)
         if self.sequence:
             hidden = scatter_to_sequence_parallel_region(hidden)
-        noise = row_keys(tokens, torch.initial_seed())
+        noise = torch.zeros_like(tokens)
         if self.training and self.dropout:
+            noise = row_keys(tokens, torch.initial_seed())
             hidden = dropout(hidden, self.own_states(noise), self.site, self.dropout)
         return Stream(hidden.contiguous(), tokens, position, segment, horizon, noise)  # it may have to be sent
 

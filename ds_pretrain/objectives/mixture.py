@@ -25,6 +25,9 @@ from ds_pretrain.core.batch import Batch, Comm, Count, Document, Example, Head, 
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.objectives.base import LAST_ORDINAL, Objective, Variant, create, register
 
+LENGTH = 512
+"""Positions of a row for which the loss tokens of a sample are measured."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -313,10 +316,6 @@ class Mixture(Composite):
         if self.by == "samples":
             return np.ones(len(self.components))
         return np.array([loss_tokens(component.objective, self.piece(LENGTH)) for component in self.components])
-
-
-LENGTH = 512
-"""Positions of a row for which the loss tokens of a sample are measured."""
 
 
 def loss_tokens(objective: Objective, piece: int, samples: int = 64) -> float:

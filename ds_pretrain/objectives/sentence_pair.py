@@ -28,7 +28,7 @@ from ds_pretrain.objectives.base import Objective, register
 from ds_pretrain.objectives.masked import MaskedLanguageModeling
 
 ENOUGH = 5
-"""Places that a pair is cut from at least."""
+"""Places that a pair of SOP is cut from at least: half of what is between them are two words for each side."""
 
 
 class Pair(NamedTuple):

@@ -105,12 +105,11 @@ class Mesh:
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same part of the model: DeepSpeed's data ranks."""
-        return self.data_size * self.plan.context
+        return self.plan.replicas(self.world)
 
     @property
     def replica(self) -> int:
-        """This rank's place among them."""
+        """This rank's place among the replicas."""
         return self.at.data * self.plan.context + self.at.context
 
     @property

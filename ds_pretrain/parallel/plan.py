@@ -50,6 +50,10 @@ class ParallelPlan:
             raise ValueError(f"{world} ranks cannot be divided into {self.product()}: start a multiple of {self.unit} ranks")
         return world // self.unit
 
+    def replicas(self, world: int) -> int:
+        """Ranks that hold the same part of the model: DeepSpeed's data ranks."""
+        return self.data(world) * self.context
+
     def product(self) -> str:
         """The ranks of one model by the fields of a run file."""
         context = f" x parallel.context {self.context}" * (self.context > 1)
