@@ -329,10 +329,13 @@ def parity(
     quick: Annotated[bool, typer.Option(help="One case for each objective and layout.")] = False,
     mutants: Annotated[bool, typer.Option(help="Seed known bugs instead, and say which check sees each.")] = False,
     resume: Annotated[bool, typer.Option(help="Save under each layout and go on under every other instead.")] = False,
-    output: Annotated[str | None, typer.Option("--out", help="Also write every case here (Markdown).")] = None,
+    output: Annotated[
+        str | None, typer.Option("--out", help="Also write every case here (Markdown), and go on where this file stops.")
+    ] = None,
 ) -> None:
     """Train small models for every objective under every layout and print their distance from plain PyTorch."""
     from ds_pretrain.evaluation import parity as check
+    from ds_pretrain.evaluation import parity_table as shown
     from ds_pretrain.parallel.mesh import place
 
     if mutants or resume:
@@ -340,14 +343,15 @@ def parity(
         return
     sizes = [place().world] if place().world > 1 else [int(size) for size in world.split(",")]
     names, plans = ([name for name in text.split(",") if name] for text in (objectives, layouts))
-    results = check.run(sizes, names, plans, steps, quick)
+    record = shown.Record(Path(output), steps) if output else None
+    results = check.run(sizes, names, plans, steps, quick, record)
     if results is None:
         return
-    out.print(check.table(results))
-    for line in check.left_out(case for size in sizes for case in check.cases(size, names, plans)):
+    out.print(shown.table(results))
+    for line in shown.left_out(case for size in sizes for case in check.cases(size, names, plans)):
         out.print(line)
-    if output:
-        Path(output).write_text(check.markdown(results), encoding="utf-8")
+    if record:
+        record.finish()
     if not all(result.passed for result in results):
         raise typer.Exit(1)
 

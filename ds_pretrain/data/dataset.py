@@ -26,11 +26,12 @@ import numpy as np
 
 from ds_pretrain.core import rng
 from ds_pretrain.core.batch import Batch, Document, Example
+from ds_pretrain.core.registry import unknown
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.collate import Layout, collate, collate_causal
 from ds_pretrain.data.order import permute, uniform
 from ds_pretrain.data.packing import Cut, Packing, Pieces, Slots, alone, pack, waste
-from ds_pretrain.data.store import Store
+from ds_pretrain.data.store import SPLITS, Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import CausalLanguageModeling, Objective, create
 from ds_pretrain.objectives.base import LAST_ORDINAL, Variant
@@ -345,6 +346,8 @@ class PretrainingDataset(Samples):
         self.verify: Literal["full", "sizes"] = verify
         self._splits: dict[tuple[str, str], PretrainingDataset] = {}
         self.data_path = Path(data_path)
+        if split not in SPLITS:
+            raise ValueError(unknown("split", split, SPLITS))
         self.tokenizer = TextTokenizer.load(self.data_path / "tokenizer") if tokenizer is None else tokenizer
         store = Store(self.data_path / split, verify)
         if store.tokenizer_digest != self.tokenizer.digest:

@@ -30,10 +30,9 @@ from rich.table import Table
 
 from ds_pretrain.data import corpus
 from ds_pretrain.data.corpus import Ledger, SourceText
-from ds_pretrain.data.store import Store, StoreWriter, file_digest
+from ds_pretrain.data.store import SPLITS, Store, StoreWriter, file_digest
 from ds_pretrain.data.tokenizer import KINDS, Kind, TextTokenizer
 
-SPLITS = ("train", "validation", "test")
 VERSION = 1
 BATCH = 4 << 20
 """Bytes of text that are tokenised at once."""

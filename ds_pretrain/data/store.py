@@ -28,6 +28,8 @@ VERSION = 1
 DTYPES = {"int32": 4, "uint16": 8}
 """Megatron's code of each dtype that we write."""
 SUFFIXES = ("bin", "idx", "text.npy")
+SPLITS = ("train", "validation", "test")
+"""The stores of a prepared folder."""
 
 
 def dtype_for(vocab_size: int) -> np.dtype:

@@ -50,6 +50,8 @@ class Probe:
 
 def read_table(path: str | Path, columns: int) -> list[list[str]]:
     """Lines of tab-separated columns. ValueError naming the line that has another number of them or an empty one."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file: give one with lines of {columns} columns, separated by tabs")
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split("\t")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections import Counter
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from ds_pretrain.core import rng
@@ -45,6 +44,7 @@ from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import deepspeed_json
 
 if TYPE_CHECKING:
+    from ds_pretrain.evaluation.parity_table import Record
     from ds_pretrain.training.engine import Engine
 
 STAGES, ACCUMULATION, RECOMPUTE, PRECISION = (0, 1, 2, 3), (1, 4), (False, True), ("fp32", "bf16")
@@ -113,13 +113,14 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     """A case and its distance from the reference, both relative; `worst` is the parameter with the largest. strayed: outputs
-    that a changed token moved and should not have, or did not and should have (`influence`)."""
+    that a changed token moved and should not have, or did not and should have (`influence`). seconds: of measuring it."""
 
     case: Case
     loss_error: float
     gradient_error: float
     worst: str
     strayed: int = 0
+    seconds: float = 0.0
 
     @property
     def by_order(self) -> bool:
@@ -189,28 +190,46 @@ def known_layouts(worlds: Sequence[int]) -> list[str]:
 
 
 def run(
-    worlds: Sequence[int], objectives: Sequence[str] = (), layouts: Sequence[str] = (), steps: int = 20, quick: bool = False
+    worlds: Sequence[int],
+    objectives: Sequence[str] = (),
+    layouts: Sequence[str] = (),
+    steps: int = 20,
+    quick: bool = False,
+    record: Record | None = None,
 ) -> list[Result] | None:
     """All legal cases of these world sizes, or one for each cell, started here; under a launcher those of its own world (None
-    but on rank 0). ValueError for a name that nothing has."""
+    but on rank 0). What the record has is not measured again. ValueError for a name that nothing has."""
     where = place()
     worlds = [where.world] if where.world > 1 else worlds
     for kind, names, known in (("objective", objectives, [*REGISTRY]), ("layout", layouts, known_layouts(worlds))):
         if strange := [name for name in names if name not in known]:
             raise ValueError(unknown(kind, strange[0], known))
+    if record and where.rank == 0:
+        record.start()
     todo = {world: cases(world, objectives, layouts) for world in worlds}
     legal = {w: thinned(all_) if quick else [case for case in all_ if case.illegal is None] for w, all_ in todo.items()}
     if where.world > 1:
-        results = run_cases(legal[where.world], steps)
+        results = run_cases(legal[where.world], steps, record)
         return results if where.rank == 0 else None
-    return [result for world in worlds if legal[world] for result in spawn(world, run_cases, legal[world], steps)]
+    return [result for world in worlds if legal[world] for result in spawn(world, run_cases, legal[world], steps, record)]
 
 
-def run_cases(todo: Sequence[Case], steps: int) -> list[Result]:
-    """Run cases one after the other on the ranks of this job (collective); results on rank 0."""
-    known = functools.cache(lambda objective, rows: expected(objective, rows, steps))
-    shown = track(todo, "parity", console=Console(stderr=True), disable=place().rank != 0)
-    return [measure(case, steps, known) for case in shown]
+def run_cases(todo: Sequence[Case], steps: int, record: Record | None = None) -> list[Result]:
+    """Run cases one after the other on the ranks of this job (collective); results on rank 0, each recorded as it comes."""
+    truth = functools.cache(lambda objective, rows: expected(objective, rows, steps))
+    mesh = Mesh.build(ParallelPlan())
+    mine = record if mesh.rank == 0 else None
+    known = mesh.agree(mine.passed() if mine else {})
+    results = []
+    for case in track(todo, "parity", console=Console(stderr=True), disable=mesh.rank != 0):
+        started = time.perf_counter()
+        result = known.get(case) or measure(case, steps, truth)
+        if case not in known:
+            result = replace(result, seconds=time.perf_counter() - started)
+            if mine:
+                mine.add(result)
+        results.append(result)
+    return results
 
 
 def measure(case: Case, steps: int, known: Callable[[str, int], Truth]) -> Result:
@@ -334,60 +353,3 @@ def _first_gradients(engine: object) -> dict[str, Tensor]:
             found = {name: snapshot.whole(name, "exp_avg") / (1 - 0.9) for name in snapshot.shapes}
         mesh.barrier()
     return found
-
-
-def table(results: Sequence[Result]) -> Table:
-    """The results for people: objective by layout, the largest gradient error of a cell; red where a case fails."""
-    layouts = list(dict.fromkeys(r.case.layout for r in results))
-    made = Table("objective", *layouts, title="parity with plain PyTorch: largest relative error of a gradient in fp32 (cases)")
-    for objective in dict.fromkeys(r.case.objective for r in results):
-        cells = [[r for r in results if (r.case.objective, r.case.layout) == (objective, layout)] for layout in layouts]
-        made.add_row(objective, *map(_cell, cells))
-    made.caption = summary(results)
-    return made
-
-
-def _cell(found: Sequence[Result]) -> str:
-    exact = [r.gradient_error for r in found if r.case.precision == "fp32"] or [r.gradient_error for r in found]
-    if not found:
-        return "-"
-    text = f"{max(exact):.1e} ({len(found)})"
-    return text if all(r.passed for r in found) else f"[bold red]{text} {sum(not r.passed for r in found)} FAIL[/]"
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Counts and the largest errors, by precision."""
-    told = [f"{sum(r.passed for r in results)} of {len(results)} cases pass"]
-    for precision in dict.fromkeys(r.case.precision for r in results):
-        mine = [r for r in results if r.case.precision == precision]
-        order = sum(r.by_order for r in mine)
-        told.append(
-            f"{precision}: loss within {max(r.loss_error for r in mine):.1e}, gradients within "
-            f"{max(r.gradient_error for r in mine):.1e}"
-            + (f" ({order} of {len(mine)} above 1e-6, by the order of sums)" if order else "")
-        )
-    return "; ".join(told)
-
-
-def left_out(todo: Iterable[Case]) -> list[str]:
-    """Why cells are not there, with their number."""
-    reasons = Counter(f"{case.objective}: {why}" if "ZeRO" not in why else why for case in todo if (why := case.illegal))
-    return [f"{count} cells left out: {why}" for why, count in reasons.most_common()]
-
-
-def markdown(results: Sequence[Result]) -> str:
-    """Every case as a line of a Markdown table."""
-    head = [
-        "objective", "layout", "precision", "ZeRO", "accumulation", "recompute", "loss error", "gradient error",
-        "worst parameter", "stray outputs", "passes",
-    ]  # fmt: skip
-    lines = [head, ["---"] * len(head), *_rows(results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{summary(results)}\n"
-
-
-def _rows(results: Sequence[Result]) -> Iterator[list[str]]:
-    for r in results:
-        c = r.case
-        yield [c.objective, c.layout, c.precision, str(c.stage), str(c.accumulation), "yes" if c.recompute else "no",
-               f"{r.loss_error:.1e}", f"{r.gradient_error:.1e}", r.worst, str(r.strayed),
-               ("yes, by the order of sums" if r.by_order else "yes") if r.passed else "NO"]  # fmt: skip

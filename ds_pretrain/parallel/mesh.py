@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from ds_pretrain.core import rng
 from ds_pretrain.parallel.cpu import adapt
 from ds_pretrain.parallel.plan import Coordinate, ParallelPlan
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -171,9 +172,9 @@ class Mesh:
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return int(box)
 
-    def agree(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
-        box = [text]
+    def agree(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

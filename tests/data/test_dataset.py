@@ -395,3 +395,8 @@ def test_a_tokenizer_that_did_not_prepare_the_data_is_refused(monkeypatch):
     other = data.split("validation")
     assert (other.source, other.seq_len, other.seed, other.objective) == ("validation", SEQ, 3, data.objective)
     assert other.digest != data.digest
+
+
+def test_an_unknown_split_is_told_with_the_nearest_one(data):
+    with pytest.raises(ValueError, match="unknown split 'tset': did you mean 'test'"):
+        PretrainingDataset(data, split="tset")

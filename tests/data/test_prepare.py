@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ds_pretrain.data import corpus
-from ds_pretrain.data.prepare import SPLITS, fingerprint, list_kinds, prepare, split_of
-from ds_pretrain.data.store import Store
+from ds_pretrain.data.prepare import fingerprint, list_kinds, prepare, split_of
+from ds_pretrain.data.store import SPLITS, Store
 from ds_pretrain.data.tokenizer import KINDS, TextTokenizer
 
 SHARES = (0.8, 0.1, 0.1)

@@ -53,6 +53,8 @@ def test_a_table_names_the_line_that_is_wrong(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="is empty"):
         read_table(file, 3)
+    with pytest.raises(ValueError, match=r"there.tsv is no file: give one with lines of 3 columns"):
+        read_table(tmp_path / "not there.tsv", 3)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation import influence, parity
-from ds_pretrain.evaluation.parity import Case, Result, cases, compare, left_out, markdown, model_for, objective_for, plans, run
-from ds_pretrain.evaluation.parity import table as drawn
+from ds_pretrain.evaluation.parity import Case, Result, cases, compare, model_for, objective_for, plans, run
+from ds_pretrain.evaluation.parity_table import Record, left_out, markdown
+from ds_pretrain.evaluation.parity_table import table as drawn
 from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.transformer import Network
 from ds_pretrain.objectives import REGISTRY
@@ -119,7 +120,35 @@ def test_results_are_rendered():
     good = Result(Case("clm", ParallelPlan(tensor=2), 4, 1, 1), 1e-8, 1e-7, "word.weight")
     bad = dataclasses.replace(good, loss_error=1.0)
     assert "1 of 2 cases pass" in str(drawn([good, bad]).caption)
-    assert "| clm | TP2xDP2 | fp32 | 1 | 1 | no | 1.0e-08 | 1.0e-07 | word.weight | 0 | yes |" in markdown([good])
+    assert "| clm | TP2xDP2 | fp32 | 1 | 1 | no | 1.000e-08 | 1.000e-07 | word.weight | 0 | 0.00 | yes |" in markdown([good])
+
+
+def test_a_table_goes_on_where_its_file_stops(tmp_path):
+    """Of three cases one is in the file, one is there as failed, one is missing: the first alone is not measured again."""
+    record, asked = Record(tmp_path / "parity.md", 1), (["clm", "mlm", "sop"], ["1"])
+    first = run([1], ["clm", "mlm"], ["1"], steps=1, quick=True, record=record)
+    kept, failed = first[0], dataclasses.replace(first[1], gradient_error=1.0)
+    record.path.unlink()
+    record.start()
+    for result in (dataclasses.replace(kept, seconds=77.0), failed):
+        record.add(result)
+    results = run([1], *asked, steps=1, quick=True, record=record)
+    record.finish()
+    assert [r.case.objective for r in results] == ["clm", "mlm", "sop"] and all(r.passed for r in results)
+    assert [r.seconds == 77 for r in results] == [True, False, False]
+    text = record.path.read_text()
+    assert "3 of 3 cases pass" in text and text.count("| 77.00 |") == 1 and set(record.passed()) == {r.case for r in results}
+    with pytest.raises(ValueError, match="Give --out another name"):
+        run([1], *asked, steps=2, record=Record(record.path, 2))
+
+
+@pytest.mark.parametrize("world", STEPS)
+def test_a_line_of_the_table_names_its_case(world, tmp_path):
+    record, every = Record(tmp_path / "parity.md", 1), cases(world, ["clm"])
+    record.start()
+    for case in every:
+        record.add(Result(case, 0.0, 0.0, "word.weight"))
+    assert list(record.passed()) == every
 
 
 def cut(batch, row, kept):
