@@ -298,9 +298,10 @@ def observed(case: Case, steps: int) -> tuple[list[float], dict[str, Tensor], in
 
 def engine_for(case: Case) -> Engine:
     """The engine of a case (collective)."""
-    from ds_pretrain.training.engine import build_for, create_engine
+    from ds_pretrain.training.engine import build_for, create_engine, share_groups
     from ds_pretrain.training.optimizer import OptimizerConfig
 
+    share_groups()
     mesh, objective = Mesh.build(case.plan), objective_for(case.objective)
     build = build_for(objective, model_for(case.objective), mesh, SEQ_LEN, case.recompute)
     config = deepspeed_json.filled(case.deepspeed, mesh.replicas, case.micro, case.accumulation, 1.0)

@@ -7,6 +7,7 @@ layers; the loss, its divisor, the metrics and the state are the same code. All 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -314,6 +315,22 @@ def create_engine(build: Build, objective: Objective, optimizer: OptimizerConfig
 
     kind = PipelineEngine if build.mesh.plan.pipeline > 1 else PlainEngine
     return kind(build, objective, optimizer, deepspeed, seed)
+
+
+@functools.cache
+def share_groups() -> None:
+    """From now on all engines of this process have the same group for the same ranks. DeepSpeed makes its groups anew for each
+    engine and ends none: engines made one after the other would run out of sockets, and wait for them to be connected."""
+    from deepspeed.comm.torch import TorchBackend
+
+    made: dict[tuple[int, ...], Any] = {}
+
+    def new_group(self: Any, ranks: Sequence[int]) -> Any:
+        if (key := tuple(ranks)) not in made:
+            made[key] = torch.distributed.new_group([*ranks])
+        return made[key]
+
+    TorchBackend.new_group = new_group
 
 
 def build_for(objective: Objective, model: ModelConfig, mesh: Mesh, seq_len: int, recompute: bool = False) -> Build:
