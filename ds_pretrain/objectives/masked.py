@@ -116,8 +116,7 @@ class MaskedLanguageModeling(Objective):
                 chosen = maskable[np.repeat(self._words(lengths, rng), lengths)]
                 group[chosen] = np.arange(len(chosen))
             else:
-                words = np.split(maskable, starts[1:])
-                for number, positions in enumerate(self._spans(words, self._count(len(maskable)), rng)):
+                for number, positions in enumerate(self._spans(maskable, starts, rng)):
                     group[positions] = number
         return group
 
@@ -147,20 +146,26 @@ class MaskedLanguageModeling(Objective):
         chosen[order[taken]] = True
         return chosen
 
-    def _spans(self, words: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Spans of adjacent free words until the count is reached; the last one is cut to what is left of it."""
-        free = np.ones(len(words), dtype=bool)
-        left = count
-        while left > 0 and free.any():
-            start, length = int(rng.choice(np.flatnonzero(free))), int(rng.choice(self.span_max, p=self._lengths)) + 1
-            span: list[np.ndarray] = []
-            for i in range(start, min(start + length, len(words))):
-                if not free[i] or left <= 0 or (span and words[i][0] != span[-1][-1] + 1):
-                    break
-                span.append(words[i][:left])
-                free[i] = False
-                left -= len(span[-1])
-            yield np.concatenate(span)
+    def _spans(self, positions: np.ndarray, starts: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Spans of adjacent free words in random order until the count is reached; the last one is cut to what is left of it.
+
+        positions: of the maskable tokens. starts: where among them each word begins.
+        """
+        left = self._count(len(positions))
+        begin, end = starts.tolist(), [*starts[1:].tolist(), len(positions)]
+        adjacent = [False, *(np.diff(positions)[starts[1:] - 1] == 1).tolist(), False]
+        lengths = iter(rng.choice(self.span_max, left, p=self._lengths).tolist())  # a span has a token at least
+        taken = [False] * len(begin)
+        for word in rng.permutation(len(begin)).tolist():
+            if taken[word] or left == 0:
+                continue
+            stop, most = word + 1, word + 1 + next(lengths)
+            while stop < most and adjacent[stop] and not taken[stop]:
+                stop += 1
+            taken[word:stop] = [True] * (stop - word)
+            span = positions[begin[word] : min(end[stop - 1], begin[word] + left)]
+            left -= len(span)
+            yield span
 
     @cached_property
     def _lengths(self) -> np.ndarray:
