@@ -121,7 +121,7 @@ class Record:
         return {result.case: result for result in self._read() if result.passed} if self.path.exists() else {}
 
     def _read(self) -> list[Result]:
-        first, *lines = self.path.read_text(encoding="utf-8").splitlines()
+        first, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
         if first != self._heading:
             raise ValueError(
                 f"{self.path} does not go on here: it begins with {first!r}, this run would write {self._heading!r}. "

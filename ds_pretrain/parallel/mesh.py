@@ -52,8 +52,6 @@ def start(where: Place | None = None) -> Place:
     where = where or place()
     if torch.cuda.is_available():
         torch.cuda.set_device(where.local_rank)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         alone = {"store": dist.HashStore()} if where.world == 1 else {"init_method": "env://"}
