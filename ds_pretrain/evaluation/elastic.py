@@ -9,13 +9,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation import parity
 from ds_pretrain.evaluation.parity import LIMITS, Case
+from ds_pretrain.parallel.mesh import place
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
 
@@ -90,19 +94,19 @@ def _go_on(sources: Sequence[Case], targets: Sequence[Case], folder: Path, steps
     from ds_pretrain.training import checkpoint
 
     truth, _ = parity.expected(OBJECTIVE, targets[0].rows, steps)
+    pairs = list(product(targets, sources))
     found = []
-    for target in targets:
-        for source in sources:
-            engine = parity.engine_for(target)
-            newest = checkpoint.newest(_folder(folder, source), engine.mesh)
-            assert newest is not None
-            snapshot = checkpoint.Snapshot(newest)
-            checkpoint.load(snapshot, engine)
-            first, cursor = snapshot.manifest["step"], Cursor(*snapshot.manifest["cursor"])
-            with parity.loader_for(target, engine.mesh, cursor) as loader:
-                losses = [engine.step(next(loader).batches, n, parity.LR).loss for n in range(first + 1, steps + 1)]
-            error = max(abs(a - b) / abs(b) for a, b in zip(losses, truth[first:], strict=True))
-            found.append(Resumed(source, target, error))
+    for target, source in track(pairs, "resume", console=Console(stderr=True), disable=place().rank != 0):
+        engine = parity.engine_for(target)
+        newest = checkpoint.newest(_folder(folder, source), engine.mesh)
+        assert newest is not None
+        snapshot = checkpoint.Snapshot(newest)
+        checkpoint.load(snapshot, engine)
+        first, cursor = snapshot.manifest["step"], Cursor(*snapshot.manifest["cursor"])
+        with parity.loader_for(target, engine.mesh, cursor) as loader:
+            losses = [engine.step(next(loader).batches, n, parity.LR).loss for n in range(first + 1, steps + 1)]
+        error = max(abs(a - b) / abs(b) for a, b in zip(losses, truth[first:], strict=True))
+        found.append(Resumed(source, target, error))
     return found
 
 
