@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.evaluation import parity
 from ds_pretrain.evaluation.parity import LIMITS, Case
-from ds_pretrain.parallel.mesh import place
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
 
@@ -94,9 +91,8 @@ def _go_on(sources: Sequence[Case], targets: Sequence[Case], folder: Path, steps
     from ds_pretrain.training import checkpoint
 
     truth, _ = parity.expected(OBJECTIVE, targets[0].rows, steps)
-    pairs = list(product(targets, sources))
     found = []
-    for target, source in track(pairs, "resume", console=Console(stderr=True), disable=place().rank != 0):
+    for target, source in parity.tracked(list(product(targets, sources)), "resume"):
         engine = parity.engine_for(target)
         newest = checkpoint.newest(_folder(folder, source), engine.mesh)
         assert newest is not None

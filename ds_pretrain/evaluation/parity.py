@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ds_pretrain.evaluation.parity_table import Record
     from ds_pretrain.training.engine import Engine
 
+T = TypeVar("T")
 STAGES, ACCUMULATION, RECOMPUTE, PRECISION = (0, 1, 2, 3), (1, 4), (False, True), ("fp32", "bf16")
 ROWS, SEQ_LEN, VOCAB, LR, SEED = 8, 32, 509, 1e-3, 11
 LIMITS = {"fp32": (1e-6, 1e-6), "bf16": (3e-2, 1e-1)}
@@ -220,25 +221,27 @@ def run_cases(todo: Sequence[Case], steps: int, record: Record | None = None) ->
     mesh = Mesh.build(ParallelPlan())
     mine = record if mesh.rank == 0 else None
     known = mesh.agree(mine.passed() if mine else {})
-    results = []
-    for case in track(todo, "parity", console=Console(stderr=True), disable=mesh.rank != 0):
+    for case in tracked([case for case in todo if case not in known], "parity"):
         started = time.perf_counter()
-        result = known.get(case) or measure(case, steps, truth)
-        if case not in known:
-            result = replace(result, seconds=time.perf_counter() - started)
-            if mine:
-                mine.add(result)
-        results.append(result)
-    return results
+        result = measure(case, steps, truth)
+        known[case] = replace(result, seconds=time.perf_counter() - started)
+        if mine:
+            mine.add(known[case])
+    return [known[case] for case in todo]
 
 
-def measure(case: Case, steps: int, known: Callable[[str, int], Truth]) -> Result:
-    """One case (collective). known: the truth about an objective and a number of rows, which rank 0 alone asks for: the others
-    wait, and their result means nothing."""
+def tracked(todo: Sequence[T], what: str) -> Iterable[T]:
+    """The same, with a progress bar on rank 0."""
+    return track(todo, what, console=Console(stderr=True), disable=place().rank != 0)
+
+
+def measure(case: Case, steps: int, truth: Callable[[str, int], Truth]) -> Result:
+    """One case (collective). truth: about an objective and a number of rows, which rank 0 alone asks for: the others wait, and
+    their result means nothing."""
     losses, gradients, strayed = observed(case, steps)
     if place().rank > 0:
         return Result(case, math.inf, math.inf, "")
-    return replace(compare(case, losses, gradients, *known(case.objective, case.rows)), strayed=strayed)
+    return replace(compare(case, losses, gradients, *truth(case.objective, case.rows)), strayed=strayed)
 
 
 def objective_for(name: str) -> Objective:

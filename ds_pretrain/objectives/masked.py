@@ -157,7 +157,9 @@ class MaskedLanguageModeling(Objective):
         lengths = iter(rng.choice(self.span_max, left, p=self._lengths).tolist())  # a span has a token at least
         taken = [False] * len(begin)
         for word in rng.permutation(len(begin)).tolist():
-            if taken[word] or left == 0:
+            if left == 0:
+                return
+            if taken[word]:
                 continue
             stop, most = word + 1, word + 1 + next(lengths)
             while stop < most and adjacent[stop] and not taken[stop]:

@@ -116,6 +116,20 @@ def test_losing_the_global_divisor_is_seen(mesh, monkeypatch):
     assert not result.passed and not result.strayed
 
 
+def groups_after(engines):
+    """On the ranks: process groups that are there after each of so many engines."""
+    counts = []
+    for _ in range(engines):
+        parity.engine_for(Case("clm", ParallelPlan(pipeline=2), 2, 1, 1))
+        counts.append(torch.distributed.get_pg_count())
+    return counts
+
+
+def test_engines_made_one_after_the_other_share_their_groups():
+    first, second, third = spawn(2, groups_after, 3)
+    assert first == second == third
+
+
 def test_results_are_rendered():
     good = Result(Case("clm", ParallelPlan(tensor=2), 4, 1, 1), 1e-8, 1e-7, "word.weight")
     bad = dataclasses.replace(good, loss_error=1.0)
