@@ -9,12 +9,14 @@ exactly once. The price: the last row of a block may stay unfilled (0.1% of posi
 block's plan (milliseconds).
 
 A sample's number is `((epoch * pieces + piece) * slots + slot) * variants + variant`. Which variant makes it (a mixture has
-several) is drawn before a token is read. Slot 0 is the whole piece; a curriculum of lengths cuts early pieces into more,
-one slot each. Evaluation is the epoch -1, whose masks are the same every time; -2, -3 ... are further draws.
+several) is drawn before a token is read, or goes by the sample's place among the rows (`in_turn`). Slot 0 is the whole
+piece; a curriculum of lengths cuts early pieces into more, one slot each. Evaluation is the epoch -1, whose
+masks are the same every time; -2, -3 ... are further draws.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,6 +116,7 @@ class Samples:
         self.pieces = Pieces(usable, objective.piece(seq_len), objective.shortest)
         self.slots = Slots(self.pieces, [objective.piece(length) for length in self.lengths.values()])
         self.variants = objective.variants
+        self.drawn = len(self.variants) > 1 and not objective.in_turn
         refuse(self._problems())
         self.blocks = self._blocks()
         self._planned: tuple[int, list[Row]] = (-1, [])
@@ -134,7 +137,7 @@ class Samples:
         sizes = objective.size(np.arange(1, size + 1)).tobytes().hex()
         shape: tuple[int | str, ...] = (size, sizes, objective.shortest, int(objective.packed), int(objective.eod))
         if len(self.variants) > 1:
-            shape += (repr(objective),)
+            shape += (repr(objective) if self.drawn else len(self.variants),)
         if self.lengths:
             shape += (repr(self.lengths),)
         return f"{rng.key(self.store.digest, self.source, self.seed, self.seq_len, *shape):032x}"
@@ -145,7 +148,7 @@ class Samples:
 
     def consumed(self, rows: Sequence[Row]) -> Counter[str]:
         """Samples of these rows by the component that makes them; empty where there is but one."""
-        if len(self.variants) == 1:
+        if not self.drawn:
             return Counter()
         variants = self.decode(np.array([sample for row in rows for sample in row], dtype=np.int64)).variant
         return Counter(getattr(self.variants[i], "name", str(i)) for i in variants.tolist())
@@ -250,8 +253,17 @@ class Samples:
             rows = self._rows(*self._ordered(block))
             # Packing leaves rows of long pieces in front: without a shuffle the lengths would drift within a block.
             shuffled = rng.generator("rows", self.seed, block, self.source).permutation(len(rows)).tolist()
-            self._planned = (block, [rows[i] for i in shuffled])
+            self._planned = (block, self._in_turn(block, [rows[i] for i in shuffled]))
         return self._planned[1]
+
+    def _in_turn(self, block: int, rows: list[Row]) -> list[Row]:
+        """The rows as they are trained, made by one variant after the other where the objective wants that."""
+        if not self.objective.in_turn:
+            return rows
+        count = len(self.variants)
+        first = int(rng.generator("turn", self.seed, block, self.source).integers(count))
+        turns = (number % count for number in itertools.count(first))
+        return [tuple(sample + next(turns) for sample in row) for row in rows]
 
     def _rows(self, epoch: int, pieces: np.ndarray, ordinal: np.ndarray) -> list[Row]:
         """These pieces as packed rows of samples."""
@@ -265,7 +277,10 @@ class Samples:
         variant = self._variant(epoch, pieces * len(self.slots) + slot, ordinal)
         cut = self.slots.cut(pieces, slot)
         tokens = cut.stop - cut.start
-        sizes = np.choose(variant, [each.size(tokens) for each in self.variants])
+        sizes = np.empty_like(tokens)
+        for number in np.unique(variant).tolist():
+            mine = variant == number
+            sizes[mine] = self.variants[number].size(tokens[mine])
         return sizes, ((epoch * len(self) + pieces) * len(self.slots) + slot) * len(self.variants) + variant
 
     def _ordered(self, block: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -277,7 +292,7 @@ class Samples:
 
     def _variant(self, epoch: int, numbers: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
         """Which of the objective's variants makes each sample."""
-        if len(self.variants) == 1:
+        if not self.drawn:
             return np.zeros(len(numbers), dtype=np.int64)
         return self.objective.pick(uniform(numbers, self.seed, _when(epoch), self.source, self.objective.name), ordinal)
 

@@ -153,7 +153,7 @@ def view(data: Samples, token_text: Callable[[int], str], rows: int | None = Non
     audit.add([batch], data.consumed(taken))
     numbers = told(audit.shares, objective.expected)
     numbers += _class_rates(objective, batch)
-    numbers += [] if len(data.variants) > 1 else _marker_rates(batch, vocab, token_text)
+    numbers += [] if data.drawn else _marker_rates(batch, vocab, token_text)
     numbers.append((f"{sum(map(len, taken)):,}", f"examples of at most {data.seq_len:,} positions were looked at"))
     made = list(islice(_made(data, taken), CANDIDATES))
     shown = _differing(made, reader, rows)

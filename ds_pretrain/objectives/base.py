@@ -86,6 +86,12 @@ class Objective(ABC):
         """What a sample may be made by: nearly always this objective alone."""
         return (self,)
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the variants, all of one size, make the samples one after the other in the order of training: strata.
+        Otherwise each sample draws its own (`pick`)."""
+        return False
+
     def pick(self, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
         """Which of the variants makes each sample. draw: uniform in [0, 1). ordinal: samples that come before it."""
         return np.zeros(len(draw), dtype=np.int64)

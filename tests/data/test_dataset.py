@@ -263,6 +263,23 @@ def test_where_documents_see_each_other_one_ends_before_the_next(position):
     assert (inputs[touching] == VOCAB.eod).all() and (inputs == VOCAB.eod).sum() > 100
 
 
+@pytest.mark.parametrize("step", [16, 48])
+def test_masking_probabilities_of_a_step_are_spread_evenly(step):
+    """MDLM's low-discrepancy t: what a step hides varies with its coins only, and over all steps every t is as frequent."""
+
+    def hidden(**fields):
+        data = dataset(create("mdlm", random_length=0.0, **fields), MemoryStore(np.full(3200, SEQ + 1)))
+        rows, _ = data.rows(Cursor(), 3200 // step * step)
+        assert not data.consumed(rows)
+        return (data.collate(rows).targets["mdlm"].weights > 0).float().mean(dim=1).numpy()
+
+    even, free = hidden(), hidden(antithetic=False)
+    spread = [share.reshape(-1, step).mean(axis=1).std() for share in (even, free)]
+    coins = np.sqrt(np.mean(even * (1 - even)) / SEQ / step)
+    assert spread[0] < 1.5 * coins < 0.5 * spread[1]
+    assert all(abs(np.mean(even < p) - p) < 0.03 for p in np.arange(0.1, 1, 0.1))
+
+
 def test_loss_tokens_are_shared_as_asked_where_components_take_other_pieces():
     """Span corruption needs room for sentinels, so a causal component of the same mixture gets shorter pieces too."""
     options = {"span_corruption": {"density": 0.5}}

@@ -417,9 +417,11 @@ def test_an_evaluation_of_a_mixture_scores_every_component_on_whole_documents():
     mixed = create("mixture", weights={"mlm": 1, "clm": 0}, schedule={9: {"mdlm": 1}}, options={"mdlm": {"eps": 0.01}})
     found = mixed.evaluated
     assert dict(found.weights) == {"mlm": 0.5, "clm": 0.0, "mdlm": 0.5} and not found.schedule
-    assert dict(found.options) == {"mdlm": {"eps": 0.01, "random_length": 0.0}} and found.heads == mixed.heads
+    assert (
+        dict(found.options) == {"mdlm": {"eps": 0.01, "random_length": 0.0, "antithetic": False}} and found.heads == mixed.heads
+    )
 
 
 def test_a_bound_is_evaluated_on_whole_documents():
-    assert create("mdlm", random_length=0.5).evaluated == create("mdlm", random_length=0.0)
+    assert create("mdlm", random_length=0.5).evaluated == create("mdlm", random_length=0.0, antithetic=False)
     assert create("clm").evaluated == create("clm")
