@@ -9,11 +9,12 @@ import ds_pretrain
 
 ROOT = Path(ds_pretrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = {"core", "objectives", "data", "parallel", "models", "training", "evaluation", "interop"}
+ROOMS = {"core", "objectives", "data", "parallel", "models", "training", "evaluation", "interop", "curation"}
 MAY_IMPORT = {
     "core": set(),
     "objectives": {"core"},
     "data": {"core", "objectives"},
+    "curation": {"core", "data"},
     "parallel": {"core"},
     "models": {"core", "parallel"},
     "interop": {"core", "models", "parallel"},
@@ -24,6 +25,7 @@ ONLY_IN = {
     "torch.distributed": {"parallel", "training"},
     "deepspeed": {"training"},
     "megatron": {"parallel", "models"},
+    "mpi4py": {"curation"},
 }
 
 

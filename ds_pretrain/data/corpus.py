@@ -104,7 +104,7 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
         yield from _dataset(name, ledger, text_field)
     else:
         for path in list_files(source):
-            yield from _file(path, name, ledger, text_field)
+            yield from read_file(path, name, ledger, text_field)
     if ledger.kept.total() == before:
         found = ", ".join(f"{reason}: {count}" for reason, count in (ledger.refused - refused).items()) or "nothing"
         raise ValueError(f"no document in {name} (quarantined: {found}); is the text field really {text_field!r}?")
@@ -122,7 +122,8 @@ def list_files(source: str | Path) -> list[Path]:
     return files
 
 
-def _file(path: Path, source: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text") -> Iterator[SourceText]:
+    """The documents of one file, whose name ends as `list_files` says; it may have none."""
     kind = next(suffix for suffix in path.suffixes[::-1] if suffix in SUFFIXES)
     broken = (EOFError, zlib.error, gzip.BadGzipFile)
     try:

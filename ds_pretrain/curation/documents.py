@@ -1,0 +1,272 @@
+"""Documents between two steps: a folder of parquet parts, and the step that made it.
+
+Every step of the chain turns a folder into a folder, part by part, so each also runs alone, can be looked into with any
+parquet tool, and goes on where it was stopped:
+
+    STEP/kept/part-00000.parquet      what goes on, with a document's number, text and origin
+    STEP/dropped/part-00000.parquet   what does not, and why
+    STEP/report.json                  counts, what was asked for, and digests of all of it; written last
+
+Until the report is written the folder is called STEP.unfinished. A part is written under another name first, so one that is
+there is whole. The price: text is copied by every step (zstd makes that a third of its size).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from ds_pretrain.curation.workers import Workers
+
+VERSION = 1
+ROW_GROUP = 8 << 20
+"""Characters of text that are in memory at once."""
+SHIFT = 32
+"""Bits of a document's number that count inside its part."""
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One document on its way. number: part * 2^32 + place, the same for ever. line: where it began in its file."""
+
+    number: int
+    text: str
+    source: str
+    file: str
+    line: int
+    language: str = ""
+    tier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A document that goes no further. of: the number of the one that is kept instead, if it is a copy; -1 otherwise."""
+
+    row: Row
+    reason: str
+    of: int = -1
+
+
+_COLUMNS = [
+    ("number", pa.int64()), ("text", pa.large_string()), ("source", pa.string()), ("file", pa.string()), ("line", pa.int64()),
+    ("language", pa.string()), ("tier", pa.string()),
+]  # fmt: skip
+KEPT = pa.schema(_COLUMNS)
+DROPPED = pa.schema([*_COLUMNS, ("reason", pa.string()), ("of", pa.int64())])
+
+
+class _Table:
+    """A parquet file in the making; takes its name when the block ends well."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema = path, schema
+        self._rows: list[tuple[Any, ...]] = []
+        self._size = 0
+
+    def __enter__(self) -> _Table:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        self._file = pq.ParquetWriter(self._beside, self.schema, compression="zstd")
+        return self
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        self._size += len(row[1])
+        if self._size >= ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(self.schema)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
+        self._file.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        self._rows, self._size = [], 0
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            self._file.close()
+            if kind is None:
+                os.replace(self._beside, self.path)
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+
+def write_part(folder: Path, part: int, rows: Iterable[Row | Dropped], before: Callable[[], None] = lambda: None) -> None:
+    """The files of one part; `kept` takes its name last, so that a part which has one is whole. before: called ahead of it."""
+    name = f"part-{part:05d}.parquet"
+    with ExitStack() as stack:
+        kept = stack.enter_context(_Table(folder / "kept" / name, KEPT))
+        dropped = stack.enter_context(_Table(folder / "dropped" / name, DROPPED))
+        for row in rows:
+            if isinstance(row, Row):
+                kept.add(_fields(row))
+            else:
+                dropped.add((*_fields(row.row), row.reason, row.of))
+        before()
+
+
+def _fields(row: Row) -> tuple[Any, ...]:
+    return (row.number, row.text, row.source, row.file, row.line, row.language, row.tier)
+
+
+def read_part(path: Path) -> Iterator[Row]:
+    """The documents of one kept part, a row group at a time."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        yield from read_group(file, group)
+
+
+def read_group(file: pq.ParquetFile, group: int) -> list[Row]:
+    columns = file.read_row_group(group).to_pydict()
+    return [Row(*values) for values in zip(*(columns[name] for name, _ in _COLUMNS), strict=True)]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a finished step left."""
+
+    path: Path
+
+    @property
+    def parts(self) -> list[Path]:
+        return sorted((self.path / "kept").glob("part-*.parquet"))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The report. ValueError where there is none, or the parts are not those that it counted."""
+        try:
+            report = json.loads((self.path / "report.json").read_bytes())
+        except (OSError, ValueError):
+            unfinished = self.path.with_name(self.path.name + ".unfinished").exists()
+            hint = "its step was stopped: run it again, it goes on" if unfinished else "run the step that makes it"
+            raise ValueError(f"{self.path} holds no finished documents ({hint})") from None
+        if len(self.parts) != report["parts"]:
+            raise ValueError(f"{self.path / 'kept'} has {len(self.parts)} parts, report.json counts {report['parts']}")
+        return report
+
+    def rows(self) -> Iterator[Row]:
+        for path in self.parts:
+            yield from read_part(path)
+
+    def dropped(self) -> Iterator[Dropped]:
+        for path in sorted((self.path / "dropped").glob("part-*.parquet")):
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                yield from _dropped(file.read_row_group(group).to_pydict())
+
+
+def _dropped(columns: Mapping[str, list[Any]]) -> Iterator[Dropped]:
+    rows = zip(*(columns[name] for name, _ in _COLUMNS), strict=True)
+    for values, reason, of in zip(rows, columns["reason"], columns["of"], strict=True):
+        yield Dropped(Row(*values), reason, of)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step at work on its folder. before: what it reads; None where it reads sources."""
+
+    name: str
+    folder: Path
+    before: Folder | None
+    workers: Workers
+
+    def each(self, what: str, units: Sequence[U], work: Callable[[U], None], there: Callable[[U], Path]) -> None:
+        """Do the units whose file is not there yet."""
+        self.workers.map(f"{self.name}: {what}", work, [unit for unit in units if not there(unit).exists()])
+
+    def kept(self, part: int) -> Path:
+        return self.folder / "kept" / f"part-{part:05d}.parquet"
+
+
+def step(
+    name: str,
+    out: Path,
+    before: Folder | None,
+    asked: Mapping[str, Any],
+    workers: Workers,
+    do: Callable[[Work], Mapping[str, Any]],
+) -> Folder:
+    """Run a step, or find that its very result is there. do: writes all parts and tells what else belongs into the report.
+
+    ValueError if `out` was made by another step, from other documents or with other settings.
+    """
+    told = before.report if before else {}
+    request = {"step": name, "version": VERSION, "asked": _plain(asked), "before": told.get("digest", "")}
+    done = Folder(out)
+    if out.exists():
+        if (was := done.report["request"]) != request:
+            changed = ", ".join(f"{key}: {was.get(key)} -> {value}" for key, value in request.items() if was.get(key) != value)
+            raise ValueError(f"{out} was made by other means ({changed}): choose another folder, or remove it")
+        return done
+    building = _begun(out, request)
+    extra = do(Work(name, building, before, workers))
+    counts = workers.map(f"{name}: count", _counted, [building / "kept" / path.name for path in Folder(building).parts])
+    report = _summed(counts) | dict(extra) | {"request": request, "digest": _digest(request, counts)}
+    _write(building / "report.json", report)
+    shutil.rmtree(building / "work", ignore_errors=True)
+    for left in building.rglob("*.tmp"):  # by a worker that was killed
+        left.unlink()
+    building.rename(out)
+    return done
+
+
+def _begun(out: Path, request: Mapping[str, Any]) -> Path:
+    """The unfinished folder of this request, as far as it got; one of another request is emptied."""
+    building = out.with_name(out.name + ".unfinished")
+    mark = building / "request.json"
+    if not mark.exists() or json.loads(mark.read_bytes()) != request:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        _write(mark, request)
+    return building
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value))
+
+
+def _counted(kept: Path) -> dict[str, Any]:
+    """Counts of one part, and a digest of what is kept of it."""
+    digest, reasons = xxhash.xxh3_128(), dict[str, int]()
+    documents = size = lost = 0
+    for row in read_part(kept):
+        data = row.text.encode()
+        digest.update(f"{row.number} {row.language} {row.tier} {len(data)}\n".encode() + data)
+        documents, size = documents + 1, size + len(data)
+    table = pq.read_table(kept.parent.parent / "dropped" / kept.name, columns=["reason", "text"])
+    for reason in table["reason"].to_pylist():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    lost = sum(len(text.encode()) for text in table["text"].to_pylist())
+    return {"documents": documents, "bytes": size, "dropped": reasons, "dropped_bytes": lost, "digest": digest.hexdigest()}
+
+
+def _summed(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for each in counts:
+        for reason, count in each["dropped"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    total = {key: sum(each[key] for each in counts) for key in ("documents", "bytes", "dropped_bytes")}
+    return {"parts": len(counts), **total, "dropped": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+
+
+def _digest(request: Mapping[str, Any], counts: Sequence[Mapping[str, Any]]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps([request, list(counts)], sort_keys=True).encode())

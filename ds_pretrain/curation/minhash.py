@@ -1,0 +1,109 @@
+"""MinHash signatures by one permutation, and the bands that find pairs above a similarity.
+
+Each n-gram is hashed once; its top bits choose one of K bins, which keeps the least of its hashes (one permutation hashing,
+Li et al. 2012), so a text of n n-grams costs n operations instead of n K. Empty bins of short texts borrow from others in an
+order drawn per bin ("optimal densification", Shrivastava 2017), after which two signatures agree in a bin with the
+probability of their Jaccard similarity, as under MinHash (Broder 1997). The price: bins of short texts are not independent,
+so their estimates vary more; every pair found is compared by its true n-grams before anything is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import numpy as np
+
+from ds_pretrain.curation.shingles import Grams, mixed
+
+EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinHash:
+    """How near-duplicates are found."""
+
+    grams: Grams = field(default_factory=Grams)
+    """What texts are compared by."""
+    bins: int = 128
+    """Length K of a signature; a power of two."""
+    threshold: float = 0.7
+    """Jaccard similarity of n-grams from which on two texts are near-duplicates."""
+    missed: float = 0.02
+    """Share of the pairs exactly at the threshold that the bands may overlook."""
+
+    def __post_init__(self) -> None:
+        if self.bins < 16 or self.bins & (self.bins - 1):
+            raise ValueError(f"bins must be a power of two from 16 on, got {self.bins}")
+        if not 0 < self.threshold <= 1 or not 0 < self.missed < 1:
+            raise ValueError(f"threshold {self.threshold} must lie in (0, 1] and missed {self.missed} in (0, 1)")
+        if found_by(self.threshold, self.bins, 1) < 1 - self.missed:
+            raise ValueError(f"{self.bins} bins find too few pairs of similarity {self.threshold}: raise bins or missed")
+
+    @cached_property
+    def rows(self) -> int:
+        """Bins of a band: the most (fewest false candidates) that overlook no more than allowed."""
+        return max(r for r in range(1, self.bins + 1) if found_by(self.threshold, self.bins // r, r) >= 1 - self.missed)
+
+    @cached_property
+    def bands(self) -> int:
+        return self.bins // self.rows
+
+    def curve(self, similarity: np.ndarray) -> np.ndarray:
+        """The S-curve: with what probability a pair of each similarity becomes a candidate."""
+        return found_by(similarity, self.bands, self.rows)
+
+    def signatures(self, texts: Sequence[str]) -> np.ndarray:
+        """uint32 [texts, bins]; a text without a single unit has its own kind of signature, all ones."""
+        found = self.grams.of(texts)
+        shift = np.uint64(64 - (self.bins.bit_length() - 1))
+        bin_n = (found.hash >> shift).astype(np.int64)
+        least = np.full(len(texts) * self.bins, EMPTY)
+        np.minimum.at(least, found.text * self.bins + bin_n, found.hash)
+        return _densified(least.reshape(-1, self.bins)).astype(np.uint32)
+
+    def keys(self, signatures: np.ndarray) -> np.ndarray:
+        """uint64 [texts, bands]: equal where all bins of a band agree."""
+        used = signatures[:, : self.bands * self.rows].astype(np.uint64).reshape(len(signatures), self.bands, self.rows)
+        weight = mixed(np.arange(1, self.rows + 1, dtype=np.uint64)) | np.uint64(1)
+        return mixed((mixed(used + np.uint64(1)) * weight).sum(axis=2, dtype=np.uint64))
+
+    def jaccard(self, one: np.ndarray, other: np.ndarray) -> float:
+        """True similarity of two texts from their sorted distinct n-grams."""
+        common = len(np.intersect1d(one, other, assume_unique=True))
+        union = len(one) + len(other) - common
+        return common / union if union else 0.0
+
+
+def found_by(similarity: float | np.ndarray, bands: int, rows: int) -> np.ndarray:
+    """With what probability some band of `rows` bins agrees in all of them."""
+    return 1 - (1 - np.asarray(similarity, dtype=np.float64) ** rows) ** bands
+
+
+def estimate(one: np.ndarray, other: np.ndarray) -> float:
+    """Similarity of two texts by their signatures: the share of bins that agree."""
+    return float((one == other).mean())
+
+
+def _densified(least: np.ndarray) -> np.ndarray:
+    """Every empty bin filled from the first full one of those it tries."""
+    full = least != EMPTY
+    filled = least.copy()
+    text, at = np.nonzero(~full & full.any(axis=1, keepdims=True))
+    attempt = 0
+    while len(text):
+        source = _tries(least.shape[1], attempt)[at]
+        hit = full[text, source]
+        # What is borrowed is changed by the bin that borrows, or bins that borrow from one would all agree at once.
+        filled[text[hit], at[hit]] = mixed(least[text[hit], source[hit]] + at[hit].astype(np.uint64))
+        text, at = text[~hit], at[~hit]
+        attempt += 1
+    return filled
+
+
+@cache
+def _tries(bins: int, attempt: int) -> np.ndarray:
+    """int64 [bins]: where each bin looks at this attempt, the same for all texts."""
+    numbers = np.arange(bins, dtype=np.uint64) + np.uint64(bins * (attempt + 1))
+    return (mixed(mixed(numbers)) % np.uint64(bins)).astype(np.int64)

@@ -1,0 +1,229 @@
+"""Long passages that other documents have too, such as licence headers: all but the first occurrence are cut out.
+
+A passage is a run of `words` words (case, punctuation and space aside) that occurs again, in another document or the same;
+overlapping ones are cut as one. That is ExactSubstr of Lee et al. 2022 (50 tokens) on words and by 64-bit hashes instead of a
+suffix array: three walks over the text, 8 bytes on disk per word between them, and memory that holds what is repeated only. The
+price: a passage that is cut leaves the text before and after it as neighbours, as theirs does, here with a line end between.
+
+    walk 1  the distinct hashes of each part, sorted     -> which occur twice (`runs`)
+    walk 2  for each of those the first part that has it
+    walk 3  cut what is not the first occurrence
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ds_pretrain.curation import runs
+from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, read_part, step, write_part
+from ds_pretrain.curation.shingles import Grams, batches
+from ds_pretrain.curation.workers import Workers
+
+WORDS = 50
+"""Words of a passage at least."""
+SHOWN = 20
+"""Passages that the report shows."""
+LENGTH = 200
+"""Characters that it shows of each."""
+ALL = "repeated passages only"
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Where the step keeps its work."""
+
+    folder: Path
+    parts: tuple[Path, ...]
+
+    def hashes(self, part: Path) -> Path:
+        return self.folder / "work" / f"hashes-{part.stem}.npy"
+
+    def repeated(self, number: int) -> Path:
+        return self.folder / "work" / f"repeated-{number:05d}.npy"
+
+    def present(self, part: Path) -> Path:
+        return self.folder / "work" / f"present-{part.stem}.npy"
+
+    def cut(self, part: Path) -> Path:
+        return self.folder / "work" / f"cut-{part.stem}.json"
+
+    @property
+    def all_repeated(self) -> Path:
+        return self.folder / "work" / "repeated.npy"
+
+    @property
+    def owner(self) -> Path:
+        return self.folder / "work" / "owner.npy"
+
+
+class _Grams(NamedTuple):
+    """The n-grams of some documents that have all their words."""
+
+    row: np.ndarray
+    """int64 [N]: which document."""
+    hash: np.ndarray
+    """uint64 [N]"""
+    start: np.ndarray
+    """int64 [N]: its first byte there."""
+    stop: np.ndarray
+    """int64 [N]: the byte after its last."""
+    reach: np.ndarray
+    """int64 [N, 2]: where the word before it ends and the word after it begins, or the ends of the document."""
+
+
+class _Span(NamedTuple):
+    """Bytes of a document, from a word's first to a word's last, and how far it is to the words around them."""
+
+    start: int
+    stop: int
+    before: int
+    after: int
+
+    def lines(self, data: bytes) -> tuple[int, int]:
+        """With what is left of the lines that they begin and end in."""
+        line, end = data.rfind(b"\n", self.before, self.start), data.find(b"\n", self.stop, self.after)
+        start = line if line >= 0 else self.start if self.before else 0
+        return start, end if end >= 0 else self.stop if self.after < len(data) else len(data)
+
+
+def passages(before: Folder, out: Path, workers: Workers, words: int = WORDS) -> Folder:
+    """Cut repeated passages out of documents; one of which no word is left is dropped."""
+    if words < 10:
+        raise ValueError(f"words must be at least 10, got {words}: shorter passages are phrases of the language")
+
+    def do(work: Work) -> dict[str, Any]:
+        paths = _Paths(work.folder, tuple(before.parts))
+        work.each("hash", paths.parts, partial(_hash, paths, words), paths.hashes)
+        every = [paths.hashes(part) for part in paths.parts]
+        count = runs.buckets(every)
+        work.each("compare", range(count), partial(_repeated, paths, every, count), paths.repeated)
+        runs.save(paths.all_repeated, np.concatenate([runs.load(paths.repeated(i)) for i in range(count)]))
+        work.each("locate", paths.parts, partial(_locate, paths, words), paths.present)
+        _own(paths)
+        work.each("cut", paths.parts, partial(_cut, paths, words), lambda part: work.folder / "kept" / part.name)
+        return _evidence(paths)
+
+    return step("passages", out, before, {"words": words}, workers, do)
+
+
+def _grams(rows: list[Row], words: int) -> _Grams:
+    grams, raw = Grams(n=words), [row.text.encode() for row in rows]
+    units = grams.units([row.text for row in rows])
+    found = grams.among(units)
+    first = found.first[found.whole]
+    last = first + words - 1
+    row = units.text[first]
+    ends = np.concatenate([[0], units.stop])[first]  # of the word before
+    before = np.where(np.concatenate([[-1], units.text])[first] == row, ends, 0)
+    begins = np.concatenate([units.start, [0]])[last + 1]
+    sizes = np.array([len(each) for each in raw], dtype=np.int64)
+    after = np.where(np.concatenate([units.text, [-1]])[last + 1] == row, begins, sizes[row] if len(row) else 0)
+    reach = np.stack([before, after], axis=1)
+    return _Grams(row, found.hash[found.whole], units.start[first], units.stop[last], reach)
+
+
+def _hash(paths: _Paths, words: int, part: Path) -> None:
+    """The sorted hashes of a part; those that it has twice are there twice."""
+    found = [np.zeros(0, np.uint64)]
+    for rows in batches(read_part(part), _length):
+        found.append(_grams(rows, words).hash)
+    kept, count = np.unique(np.concatenate(found), return_counts=True)
+    runs.save(paths.hashes(part), np.repeat(kept, np.minimum(count, 2)))
+
+
+def _length(row: Row) -> int:
+    return len(row.text)
+
+
+def _repeated(paths: _Paths, every: list[Path], count: int, number: int) -> None:
+    hashes = runs.bucket(every, number, count)
+    runs.save(paths.repeated(number), np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+
+
+def _known(repeated: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these hashes are repeated ones, and where those stand in their list."""
+    place = np.searchsorted(repeated, hashes)
+    place = np.minimum(place, max(0, len(repeated) - 1))
+    chosen = np.flatnonzero(repeated[place] == hashes) if len(repeated) else np.zeros(0, np.int64)
+    return chosen, place[chosen]
+
+
+def _locate(paths: _Paths, words: int, part: Path) -> None:
+    """Which of the repeated passages a part has."""
+    _, places = _known(runs.load(paths.all_repeated), np.unique(runs.load(paths.hashes(part))))
+    runs.save(paths.present(part), places)
+
+
+def _own(paths: _Paths) -> None:
+    """For each repeated passage the first part that has it."""
+    owner = np.full(len(runs.load(paths.all_repeated)), len(paths.parts), dtype=np.int32)
+    for number, part in reversed(list(enumerate(paths.parts))):
+        owner[runs.load(paths.present(part))] = number
+    runs.save(paths.owner, owner)
+
+
+def _cut(paths: _Paths, words: int, part: Path) -> None:
+    """Write a part without what occurs earlier."""
+    number = paths.parts.index(part)
+    seen = np.asarray(runs.load(paths.owner) != number)  # what an earlier part has; then also what came earlier here
+    cut: Counter[str] = Counter()
+    rows = (row for group in batches(read_part(part), _length) for row in _without(group, paths, words, seen, cut))
+    write_part(paths.folder, int(part.stem.removeprefix("part-")), rows, lambda: _tell(paths.cut(part), cut))
+
+
+def _tell(path: Path, cut: Counter[str]) -> None:
+    path.write_text(json.dumps(cut), "utf-8")
+
+
+def _without(rows: list[Row], paths: _Paths, words: int, seen: np.ndarray, cut: Counter[str]) -> Iterator[Row | Dropped]:
+    found = _grams(rows, words)
+    chosen, place = _known(runs.load(paths.all_repeated), found.hash)
+    _, first = np.unique(place, return_index=True)
+    again = seen[place]
+    again[np.setdiff1d(np.arange(len(place)), first)] = True
+    seen[place] = True
+    spans: dict[int, list[_Span]] = {}
+    for gram in chosen[again].tolist():
+        ends = (int(found.start[gram]), int(found.stop[gram]), *found.reach[gram].tolist())
+        spans.setdefault(int(found.row[gram]), []).append(_Span(*ends))
+    for number, row in enumerate(rows):
+        yield _shortened(row, _joined(spans[number]), cut) if number in spans else row
+
+
+def _joined(spans: Sequence[_Span]) -> list[_Span]:
+    """Stretches in order, those that overlap as one."""
+    joined = [spans[0]]
+    for span in spans[1:]:
+        last = joined[-1]
+        if span.start < last.stop:
+            joined[-1] = last._replace(stop=span.stop, after=span.after)
+        else:
+            joined.append(span)
+    return joined
+
+
+def _shortened(row: Row, spans: Sequence[_Span], cut: Counter[str]) -> Row | Dropped:
+    """The document without these stretches."""
+    data = row.text.encode()
+    ends = [span.lines(data) for span in spans]
+    cut.update(data[start:stop].decode().strip()[:LENGTH] for start, stop in ends)
+    edges = [0, *(edge for pair in ends for edge in pair), len(data)]
+    kept = [data[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    text = b"\n".join(kept).decode().strip()
+    return replace(row, text=text) if text else Dropped(row, ALL)
+
+
+def _evidence(paths: _Paths) -> dict[str, Any]:
+    """How often something was cut, and the beginnings of what was cut most often."""
+    cut: Counter[str] = Counter()
+    for part in paths.parts:
+        cut.update(json.loads(paths.cut(part).read_text("utf-8")))
+    return {"cut": cut.total(), "passages": [[text, times] for text, times in cut.most_common(SHOWN)]}

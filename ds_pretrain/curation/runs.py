@@ -1,0 +1,69 @@
+"""What is equal in all parts of a corpus, in memory that does not grow with it.
+
+Each part writes its keys sorted (a run). The range of all keys is cut into buckets, and a bucket takes its slice of every
+run, so equal keys meet in one bucket whatever part they are of; buckets are independent units of work. How many there are
+depends on the number of keys alone. This is the sort-merge of every large deduplicator, on files and without a server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+RUN = np.dtype([("key", "<u8"), ("check", "<u8"), ("number", "<i8")])
+"""check: what must also be equal. number: of the document."""
+BUCKET = 1 << 22
+"""Keys of a bucket, about."""
+
+
+def run(key: np.ndarray, check: np.ndarray | int, number: np.ndarray) -> np.ndarray:
+    """Keys as a sorted run."""
+    made = np.empty(len(key), dtype=RUN)
+    made["key"], made["check"], made["number"] = key, check, number
+    return made[np.lexsort((made["number"], made["check"], made["key"]))]
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """An .npy file, whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        np.save(file, array)
+    beside.replace(path)
+
+
+def load(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def buckets(runs: Sequence[Path]) -> int:
+    """How many buckets these runs need."""
+    return max(1, -(-sum(len(load(path)) for path in runs) // BUCKET))
+
+
+def bucket(runs: Sequence[Path], number: int, count: int) -> np.ndarray:
+    """The sorted entries of one bucket of `count`."""
+    low, high = (np.uint64(min((i << 64) // count, (1 << 64) - 1)) for i in (number, number + 1))
+    slices = []
+    for path in runs:
+        entries = load(path)
+        keys = entries["key"] if entries.dtype.names else entries
+        stop = len(keys) if number + 1 == count else int(np.searchsorted(keys, high))
+        slices.append(np.array(entries[int(np.searchsorted(keys, low)) : stop]))
+    merged = np.concatenate(slices)
+    if not merged.dtype.names:
+        return np.sort(merged)
+    return merged[np.lexsort((merged["number"], merged["check"], merged["key"]))]
+
+
+def groups(entries: np.ndarray) -> list[np.ndarray]:
+    """Numbers of the documents of each group of equal (key, check) that has two or more."""
+    if not len(entries):
+        return []
+    new = (entries["key"][1:] != entries["key"][:-1]) | (entries["check"][1:] != entries["check"][:-1])
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1, [len(entries)]])
+    sizes = np.diff(starts)
+    return [entries["number"][starts[i] : starts[i + 1]] for i in np.flatnonzero(sizes > 1)]
