@@ -122,6 +122,11 @@ def _fields(row: Row) -> tuple[Any, ...]:
     return (row.number, row.text, row.source, row.file, row.line, row.language, row.tier)
 
 
+def number_of(part: Path) -> int:
+    """The number of a part, by its file."""
+    return int(part.stem.removeprefix("part-"))
+
+
 def read_part(path: Path) -> Iterator[Row]:
     """The documents of one kept part, a row group at a time."""
     file = pq.ParquetFile(path)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Work, read_group, read_part, step, write_part
+from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Work, number_of, read_group, read_part, step, write_part
 from ds_pretrain.curation.minhash import MinHash, estimate
 from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
@@ -177,7 +177,7 @@ def _drop(work: Work, paths: _Paths, reason: str, copies: np.ndarray) -> dict[st
 
 
 def _without(paths: _Paths, reason: str, part: Path) -> None:
-    number = int(part.stem.removeprefix("part-"))
+    number = number_of(part)
     copies = runs.load(paths.work / "copies.npy")
     low, high = np.searchsorted(copies["number"], [number << SHIFT, (number + 1) << SHIFT])
     of = dict(copies[low:high].tolist())

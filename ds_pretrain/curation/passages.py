@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, read_part, step, write_part
+from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, number_of, read_part, step, write_part
 from ds_pretrain.curation.shingles import Grams, batches
 from ds_pretrain.curation.workers import Workers
 
@@ -96,8 +96,7 @@ class _Span(NamedTuple):
 
 def passages(before: Folder, out: Path, workers: Workers, words: int = WORDS) -> Folder:
     """Cut repeated passages out of documents; one of which no word is left is dropped."""
-    if words < 10:
-        raise ValueError(f"words must be at least 10, got {words}: shorter passages are phrases of the language")
+    check(words)
 
     def do(work: Work) -> dict[str, Any]:
         paths = _Paths(work.folder, tuple(before.parts))
@@ -112,6 +111,12 @@ def passages(before: Folder, out: Path, workers: Workers, words: int = WORDS) ->
         return _evidence(paths)
 
     return step("passages", out, before, {"words": words}, workers, do)
+
+
+def check(words: int) -> None:
+    """ValueError for passages that would be phrases of the language."""
+    if words < 10:
+        raise ValueError(f"passages have at least 10 words, got {words}: shorter ones are phrases of the language")
 
 
 def _grams(rows: list[Row], words: int) -> _Grams:
@@ -176,7 +181,7 @@ def _cut(paths: _Paths, words: int, part: Path) -> None:
     seen = np.asarray(runs.load(paths.owner) != number)  # what an earlier part has; then also what came earlier here
     cut: Counter[str] = Counter()
     rows = (row for group in batches(read_part(part), _length) for row in _without(group, paths, words, seen, cut))
-    write_part(paths.folder, int(part.stem.removeprefix("part-")), rows, lambda: _tell(paths.cut(part), cut))
+    write_part(paths.folder, number_of(part), rows, lambda: _tell(paths.cut(part), cut))
 
 
 def _tell(path: Path, cut: Counter[str]) -> None:

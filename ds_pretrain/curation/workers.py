@@ -36,7 +36,9 @@ class Workers:
         done: Iterable[R] = self.pool.map(work, units) if self.pool else map(work, units)
         try:
             console = Console(stderr=True)
-            return list(track(done, what, len(units), console=console, disable=self.quiet, transient=True))
+            return list(
+                track(done, what, len(units), console=console, disable=self.quiet or not console.is_terminal, transient=True)
+            )
         except BrokenProcessPool:
             raise RuntimeError(
                 f"a worker was killed while it did {what!r} (out of memory?): run the same command again, with fewer --jobs if "

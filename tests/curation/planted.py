@@ -6,7 +6,7 @@ import re
 
 
 def words(random_, count, vocabulary=4000):
-    return [f"w{int(random_.paretovariate(0.7)) % vocabulary}" for _ in range(count)]
+    return [f"word{int(random_.paretovariate(0.7)) % vocabulary}" for _ in range(count)]
 
 
 def edited(random_, text, share):

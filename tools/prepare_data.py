@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""From raw text to stores that can be trained on: one chain of steps, or each alone.
+
+    read -> screen -> exact -> passages -> near -> decontaminate -> store
+
+`run` does the chain; every other command is one step, from a folder of documents to the next. A step that was stopped goes on
+where it was, one that is done is not done again, and the bytes are the same however many work on it:
+
+    python tools/prepare_data.py run corpus/ -o data/clean --rules gopher,gopher_repetition --near 0.7 --jobs 8
+    mpirun -n 33 python -m mpi4py tools/prepare_data.py run corpus/ -o data/clean --near 0.7
+    ds-pretrain train quickstart data.path=data/clean/data
+
+What is kept and what is dropped, with reasons, is parquet (STEP/kept, STEP/dropped); what happened is in report.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ds_pretrain.curation.contamination import WORDS as TEST_WORDS
+from ds_pretrain.curation.contamination import decontaminate as clean_of
+from ds_pretrain.curation.documents import Folder
+from ds_pretrain.curation.duplicates import exact as drop_exact
+from ds_pretrain.curation.duplicates import near as drop_near
+from ds_pretrain.curation.language import Languages
+from ds_pretrain.curation.minhash import MinHash
+from ds_pretrain.curation.passages import check as check_passages
+from ds_pretrain.curation.passages import passages as cut_passages
+from ds_pretrain.curation.quality import RULES, Rules
+from ds_pretrain.curation.reading import read as read_sources
+from ds_pretrain.curation.report import COLUMNS, rows, write_report
+from ds_pretrain.curation.screening import Label, screening
+from ds_pretrain.curation.shingles import Grams
+from ds_pretrain.curation.workers import Workers, workers
+from ds_pretrain.data import corpus
+from ds_pretrain.data.tokenizer import TextTokenizer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
+)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+ORDER = ("read", "screen", "exact", "passages", "near", "decontaminate")
+
+Sources = Annotated[
+    list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet; .gz, .zst), datasets:NAME, embedded.")
+]
+Before = Annotated[Path, typer.Argument(metavar="DOCUMENTS", help="The folder of a finished step.")]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
+Jobs = Annotated[int, typer.Option(help="Processes; under mpirun its ranks.")]
+TextField = Annotated[str, typer.Option(help="Field of the text in jsonl and parquet.")]
+Chosen = Annotated[
+    str, typer.Option("--rules", help=f"Rule sets, comma-separated: {', '.join(sorted(set(RULES) - {'language'}))}.")
+]
+Language = Annotated[str, typer.Option(help="Keep these languages only, such as en,de (needs py3langid).")]
+Labels = Annotated[str, typer.Option("--labels", help="Write down of each document: language, tier (comma-separated).")]
+Threshold = Annotated[
+    float, typer.Option("--near", help="Jaccard similarity from which documents are near copies; 0: none is.")
+]
+Unit = Annotated[str, typer.Option(help="What n-grams are made of: word, or char for scripts without spaces.")]
+Ngram = Annotated[int, typer.Option(help="Units of an n-gram of near copies.")]
+Passage = Annotated[int, typer.Option("--passages", help="Cut what repeats over so many words (50 is usual); 0: nothing.")]
+Against = Annotated[list[str] | None, typer.Option(help="Texts of a benchmark to be tested on; may be given again.")]
+Split = Annotated[str, typer.Option(help="Shares of train, validation and test.")]
+
+Shares = tuple[float, float, float]
+
+
+def together(jobs: int, do: Callable[[Workers], None]) -> None:
+    """Run something with workers, on the one rank that leads them."""
+    with workers(jobs) as team:
+        if team:
+            do(team)
+
+
+def chosen(rules: str, language: str) -> list[Rules]:
+    named = [RULES[name]() for name in rules.split(",") if name]
+    return [*named, *([Languages(keep=tuple(language.split(",")))] if language else [])]
+
+
+def labels(text: str) -> list[Label]:
+    names = [name for name in text.split(",") if name]
+    if wrong := [name for name in names if name not in ("language", "tier")]:
+        raise ValueError(f"--labels are language and tier, got {', '.join(wrong)}")
+    return names  # type: ignore[return-value]
+
+
+def parsed(split: str) -> Shares:
+    try:
+        train, validation, test = (float(share) for share in split.split(","))
+    except ValueError:
+        raise ValueError(f"--split is three shares such as 0.98,0.01,0.01, got {split!r}") from None
+    return train, validation, test
+
+
+def how(threshold: float, unit: str, n: int) -> MinHash:
+    return MinHash(threshold=threshold, grams=Grams(unit=unit, n=n))  # type: ignore[arg-type]
+
+
+def show(steps: list[tuple[str, Folder]]) -> None:
+    table = Table(*COLUMNS)
+    for row in rows({name: folder.report for name, folder in steps}):
+        table.add_row(*row)
+    err.print(table)
+
+
+@app.command()
+def run(
+    sources: Sources,
+    output: Out,
+    rules: Chosen = "",
+    language: Language = "",
+    labels_: Labels = "",
+    passage: Passage = 0,
+    threshold: Threshold = 0.7,
+    unit: Unit = "word",
+    ngram: Ngram = 5,
+    against: Against = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary to train.")] = 8192,
+    split: Split = "0.98,0.01,0.01",
+    text_field: TextField = "text",
+    jobs: Jobs = 1,
+) -> None:
+    """The whole chain: OUTPUT/steps, OUTPUT/report.md, OUTPUT/data."""
+
+    screens, wanted_labels, shares = chosen(rules, language), labels(labels_), parsed(split)
+    alike = how(threshold, unit, ngram) if threshold else None
+    for name in against or []:
+        corpus.list_files(name)
+    if passage:
+        check_passages(passage)
+    if tokenizer:
+        TextTokenizer.load(tokenizer)
+
+    def do(team: Workers) -> None:
+        steps = [("read", read_sources(sources, output / "steps" / "read", team, text_field))]
+
+        def then(name: str, wanted: object, act: Callable[[Folder, Path], Folder]) -> None:
+            if wanted:
+                steps.append((name, act(steps[-1][1], output / "steps" / name)))
+
+        then("screen", screens or wanted_labels, lambda a, b: screening(a, b, team, screens, wanted_labels))
+        then("exact", True, lambda a, b: drop_exact(a, b, team))
+        then("passages", passage, lambda a, b: cut_passages(a, b, team, passage))
+        if alike:
+            then("near", True, lambda a, b: drop_near(a, b, team, alike))
+        then("decontaminate", against, lambda a, b: clean_of(a, b, team, against or []))
+        show(steps)
+        err.print(f"report: {write_report(steps, output)}")
+        stores(steps[-1][1], output / "data", tokenizer, kind, vocab_size, shares)
+
+    together(jobs, do)
+
+
+def stores(before: Folder, output: Path, tokenizer: str | None, kind: str, vocab_size: int, split: Shares) -> None:
+    from ds_pretrain.data.prepare import prepare
+
+    if not before.report["documents"]:
+        raise ValueError(f"{before.path} has no document left: its report.json and those before it say why")
+    prepare(before.path / "kept", output, tokenizer=tokenizer, kind=kind, vocab_size=vocab_size, split=split)  # type: ignore[arg-type]
+
+
+@app.command()
+def read(sources: Sources, output: Out, text_field: TextField = "text", jobs: Jobs = 1) -> None:
+    """Sources to numbered documents in one spelling."""
+    together(jobs, lambda team: show([("read", read_sources(sources, output, team, text_field))]))
+
+
+@app.command()
+def screen(
+    documents: Before, output: Out, rules: Chosen = "", language: Language = "", labels_: Labels = "", jobs: Jobs = 1
+) -> None:
+    """Drop what breaks published rules of quality; label what stays."""
+    asked = chosen(rules, language)
+    together(jobs, lambda team: show([("screen", screening(Folder(documents), output, team, asked, labels(labels_)))]))
+
+
+@app.command()
+def exact(documents: Before, output: Out, jobs: Jobs = 1) -> None:
+    """Drop all but the first of equal documents."""
+    together(jobs, lambda team: show([("exact", drop_exact(Folder(documents), output, team))]))
+
+
+@app.command()
+def passages(
+    documents: Before, output: Out, words: Annotated[int, typer.Option(help="Words at least.")] = 50, jobs: Jobs = 1
+) -> None:
+    """Cut long passages that occurred before, such as licence headers."""
+    together(jobs, lambda team: show([("passages", cut_passages(Folder(documents), output, team, words))]))
+
+
+@app.command()
+def near(
+    documents: Before, output: Out, threshold: Threshold = 0.7, unit: Unit = "word", ngram: Ngram = 5, jobs: Jobs = 1
+) -> None:
+    """Drop all but the first of documents that are nearly the same (MinHash-LSH, verified)."""
+    asked = how(threshold, unit, ngram)
+    together(jobs, lambda team: show([("near", drop_near(Folder(documents), output, team, asked))]))
+
+
+@app.command()
+def decontaminate(
+    documents: Before,
+    output: Out,
+    against: Against = None,
+    words: Annotated[int, typer.Option(help="Words in a row that are too many to share.")] = TEST_WORDS,
+    jobs: Jobs = 1,
+) -> None:
+    """Drop what shares text with a benchmark."""
+    together(jobs, lambda team: show([("decontaminate", clean_of(Folder(documents), output, team, against or [], words))]))
+
+
+@app.command()
+def store(
+    documents: Before,
+    output: Out,
+    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary to train.")] = 8192,
+    split: Split = "0.98,0.01,0.01",
+) -> None:
+    """Documents to a tokenizer and memory-mapped stores, split by document."""
+    stores(Folder(documents), output, tokenizer, kind, vocab_size, parsed(split))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a chain that `run` made.")]) -> None:
+    """Make report.md, report.json and the pictures of a chain again."""
+    steps = [(name, Folder(folder / "steps" / name)) for name in ORDER if (folder / "steps" / name).exists()]
+    show(steps)
+    err.print(f"report: {write_report(steps, folder)}")
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        err.print(f"[bold red]error:[/] {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
