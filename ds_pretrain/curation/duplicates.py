@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Work, number_of, read_group, read_part, step, write_part
+from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Row, Work, number_of, read_group, read_part, step, write_part
 from ds_pretrain.curation.minhash import MinHash, estimate
 from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
@@ -55,7 +55,7 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
         work.each("sign", paths.parts, partial(_sign, paths, how), paths.run)
         count = runs.buckets(paths.runs)
         work.each("meet", range(count), partial(_meet, paths, count), lambda i: paths.of("pairs", i))
-        pairs = np.unique(_all(paths, "pairs", range(count)), axis=0)
+        pairs = runs.distinct(_all(paths, "pairs", range(count)))
         chunks = list(enumerate(np.array_split(pairs, max(1, -(-len(pairs) // AT_ONCE)))))
         work.each("verify", chunks, partial(_verify, paths, how), lambda chunk: paths.of("verified", chunk[0]))
         verified = _all(paths, "verified", range(len(chunks)))
@@ -98,8 +98,10 @@ def _hash(paths: _Paths, part: Path) -> None:
 
 
 def _equal(paths: _Paths, count: int, number: int) -> None:
-    copies = [(other, group[0]) for group in runs.groups(runs.bucket(paths.runs, number, count)) for other in group[1:]]
-    runs.save(paths.of("copies", number), np.array(copies, dtype=COPY))
+    found = runs.copies(runs.bucket(paths.runs, number, count))
+    copies = np.empty(len(found), dtype=COPY)
+    copies["number"], copies["of"] = found[:, 2], found[:, 0]
+    runs.save(paths.of("copies", number), copies)
 
 
 def _sign(paths: _Paths, how: MinHash, part: Path) -> None:
@@ -120,21 +122,30 @@ def _sign(paths: _Paths, how: MinHash, part: Path) -> None:
 
 def _meet(paths: _Paths, count: int, number: int) -> None:
     """Pairs of documents that share a band: each with the first of its group, and with its neighbour."""
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    for group in runs.groups(runs.bucket(paths.runs, number, count)):
-        found.append(np.stack([np.full(len(group) - 1, group[0]), group[1:]], axis=1))
-        found.append(np.stack([group[1:-1], group[2:]], axis=1))
-    runs.save(paths.of("pairs", number), np.unique(np.concatenate(found), axis=0))
+    found = runs.copies(runs.bucket(paths.runs, number, count))
+    runs.save(paths.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
 
 
 def _verify(paths: _Paths, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     """True and estimated similarity of these pairs."""
     number, pairs = chunk
     wanted = np.unique(pairs)
-    grams = {n: np.unique(how.grams.of([text]).hash) for n, text in _texts(paths, wanted)}
+    grams = dict(_hashed(paths, how, wanted))
     signatures = {int(each["number"]): each["signature"] for part in paths.parts for each in _signed(paths, part, wanted)}
     made = [(a, b, how.jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
     runs.save(paths.of("verified", number), np.array(made, dtype=PAIR))
+
+
+def _hashed(paths: _Paths, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The sorted distinct n-grams of these documents."""
+    for rows in batches(_rows(paths, wanted), lambda row: len(row.text)):
+        found = how.grams.of([row.text for row in rows])
+        order = np.lexsort((found.hash, found.text))
+        text, hashes = found.text[order], found.hash[order]
+        once = np.append(True, (text[1:] != text[:-1]) | (hashes[1:] != hashes[:-1]))[: len(text)]
+        text, hashes = text[once], hashes[once]
+        ends = np.searchsorted(text, np.arange(len(rows) + 1))
+        yield from ((row.number, hashes[start:stop]) for row, start, stop in zip(rows, ends, ends[1:], strict=False))
 
 
 def _signed(paths: _Paths, part: Path, wanted: np.ndarray) -> np.ndarray:
@@ -142,7 +153,7 @@ def _signed(paths: _Paths, part: Path, wanted: np.ndarray) -> np.ndarray:
     return np.array(signed[np.isin(signed["number"], wanted, assume_unique=True)])
 
 
-def _texts(paths: _Paths, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
+def _rows(paths: _Paths, wanted: np.ndarray) -> Iterator[Row]:
     """Documents by their sorted numbers; only row groups that hold some are read."""
     for part in paths.parts:
         file = pq.ParquetFile(part)
@@ -150,7 +161,7 @@ def _texts(paths: _Paths, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
             span = file.metadata.row_group(group).column(0).statistics
             if span is not None and np.searchsorted(wanted, span.min) < np.searchsorted(wanted, span.max, side="right"):
                 mine = set(wanted[np.searchsorted(wanted, span.min) :].tolist())
-                yield from ((row.number, row.text) for row in read_group(file, group) if row.number in mine)
+                yield from (row for row in read_group(file, group) if row.number in mine)
 
 
 def clusters(pairs: np.ndarray) -> np.ndarray:

@@ -91,19 +91,22 @@ def _densified(least: np.ndarray) -> np.ndarray:
     full = least != EMPTY
     filled = least.copy()
     text, at = np.nonzero(~full & full.any(axis=1, keepdims=True))
-    attempt = 0
+    turn = 0
     while len(text):
-        source = _tries(least.shape[1], attempt)[at]
-        hit = full[text, source]
+        source = _tries(least.shape[1], turn)[:, at]
+        hits = full[text, source]
+        hit, first = hits.any(axis=0), hits.argmax(axis=0)
+        chosen = source[first, np.arange(len(at))][hit]
         # What is borrowed is changed by the bin that borrows, or bins that borrow from one would all agree at once.
-        filled[text[hit], at[hit]] = mixed(least[text[hit], source[hit]] + at[hit].astype(np.uint64))
+        filled[text[hit], at[hit]] = mixed(least[text[hit], chosen] + at[hit].astype(np.uint64))
         text, at = text[~hit], at[~hit]
-        attempt += 1
+        turn += 1
     return filled
 
 
 @cache
-def _tries(bins: int, attempt: int) -> np.ndarray:
-    """int64 [bins]: where each bin looks at this attempt, the same for all texts."""
-    numbers = np.arange(bins, dtype=np.uint64) + np.uint64(bins * (attempt + 1))
-    return (mixed(mixed(numbers)) % np.uint64(bins)).astype(np.int64)
+def _tries(bins: int, turn: int) -> np.ndarray:
+    """int64 [2 ** min(turn, 5), bins]: where each bin looks, one after the other, the same for all texts."""
+    tries = 1 << min(turn, 5)
+    numbers = np.arange(tries * bins, dtype=np.uint64).reshape(tries, bins) + np.uint64(turn << 32)
+    return (mixed(mixed(numbers) + np.uint64(1)) % np.uint64(bins)).astype(np.int64)

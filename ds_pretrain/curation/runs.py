@@ -59,11 +59,16 @@ def bucket(runs: Sequence[Path], number: int, count: int) -> np.ndarray:
     return merged[np.lexsort((merged["number"], merged["check"], merged["key"]))]
 
 
-def groups(entries: np.ndarray) -> list[np.ndarray]:
-    """Numbers of the documents of each group of equal (key, check) that has two or more."""
-    if not len(entries):
-        return []
-    new = (entries["key"][1:] != entries["key"][:-1]) | (entries["check"][1:] != entries["check"][:-1])
-    starts = np.concatenate([[0], np.flatnonzero(new) + 1, [len(entries)]])
-    sizes = np.diff(starts)
-    return [entries["number"][starts[i] : starts[i + 1]] for i in np.flatnonzero(sizes > 1)]
+def copies(entries: np.ndarray) -> np.ndarray:
+    """int64 [n, 3] for each entry but the first of equal (key, check): the number of the first, the one before, and its own."""
+    new = np.ones(len(entries), dtype=bool)
+    new[1:] = (entries["key"][1:] != entries["key"][:-1]) | (entries["check"][1:] != entries["check"][:-1])
+    later = np.flatnonzero(~new)
+    first = np.flatnonzero(new)[np.cumsum(new)[later] - 1]
+    return np.stack([entries["number"][at] for at in (first, later - 1, later)], axis=1)
+
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """The rows of an [n, 2] array, sorted and each once."""
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    return pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))[: len(pairs)]]
