@@ -407,15 +407,19 @@ def make_trainer(config: RunConfig, dataset: Any) -> Any:
 def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
     """The run and its training data; everything that is wrong with either in one error."""
     from ds_pretrain.data.dataset import PretrainingDataset
+    from ds_pretrain.data.mixing import MixedDataset
     from ds_pretrain.data.tokenizer import TextTokenizer
     from ds_pretrain.parallel.mesh import place
 
     config = load_run(run, overrides or [])
     problems = config.check(place().world, _tokenizer_size(config))
-    if not (Path(config.data.path) / "train.idx").is_file():
-        problems.append(
-            f"data.path {config.data.path} holds no prepared data: make it with ds-pretrain prepare TEXT -o {config.data.path}"
-        )
+    folders = {"data.path": config.data.path, **{f"data.mix {name}": name for name in config.data.mix}}
+    problems += [
+        f"{field if field == 'data.path' else 'data.mix'} {folder} holds no prepared data: make it with ds-pretrain prepare "
+        f"TEXT -o {folder}"
+        for field, folder in folders.items()
+        if not (Path(folder) / "train.idx").is_file()
+    ]
     _refuse(run, problems)
     tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     try:
@@ -429,9 +433,10 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
             config.batch.lengths,
             _verify(),
         )
+        mixed = MixedDataset(dataset, config.data.mix, config.data.mix_by) if config.data.mix else dataset
     except ValueError as error:
         raise ConfigError(run, str(error).split("; ")) from error
-    return config, dataset
+    return config, mixed
 
 
 def _embedder(model: Any, dataset: Any) -> Any:
@@ -516,11 +521,10 @@ def _debug(dataset: Any, config: RunConfig) -> None:
 
 
 def _preview(dataset: Any, rows: int, png: str | None) -> None:
-    from ds_pretrain.data.dataset import Cursor
     from ds_pretrain.data.preview import preview as render
     from ds_pretrain.data.preview_plot import attention_png
 
-    taken, _ = dataset.rows(Cursor(), rows)
+    taken, _ = dataset.rows(dataset.first, rows)
     batch = dataset.collate(taken)
     out.print(render(batch, dataset.vocab, dataset.tokenizer.token, dataset.objective.heads, rows))
     if png:

@@ -17,7 +17,7 @@ from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,7 +49,11 @@ class DataConfig(_Section):
     """What to read."""
 
     path: str
-    """Folder that `ds-pretrain prepare` wrote."""
+    """Folder that `ds-pretrain prepare` wrote: trained on, unless `mix` says otherwise, evaluated on, its tokenizer used."""
+    mix: dict[str, float] = Field(default_factory=dict)
+    """Folders to train on and their shares, e.g. {data/medicine: 0.9, data/general: 0.1}; they may change in mid-run."""
+    mix_by: Literal["tokens", "samples"] = "tokens"
+    """What `mix` has shares of."""
     tokenizer: str | None = None
     """Tokenizer folder; None: the one in `path`."""
 

@@ -11,7 +11,7 @@ Sources, and where datatrove 0.10 (src/datatrove/pipeline/filters) differs from 
   c4_utils.py); datatrove has the preprint's 5 and 3, and takes ' for a line's end. We follow the code. It keeps no line that
   ends in a citation, for the space left before it; we strip that. The list of bad words is left out, as in datatrove.
 - fineweb: Penedo et al. 2024 (arXiv 2406.17557), 0.1 of characters in repeated lines; datatrove's default is 0.01. The bounds
-  themselves break a rule, as the paper says. The newline rule is datatrove's only.
+  themselves break a rule, as the paper says. Quotes end a line, which datatrove has given up. The newline rule is datatrove's.
 - shape: ours, wide enough for prose, code and logs; set tighter bounds for one of them.
 
 The price of white space for words: a language without spaces breaks gopher's rules. The price of counting marks for sentences:

@@ -142,6 +142,28 @@ class Samples:
             shape += (repr(self.lengths),)
         return f"{rng.key(self.store.digest, self.source, self.seed, self.seq_len, *shape):032x}"
 
+    @property
+    def first(self) -> Cursor:
+        return Cursor()
+
+    def position(self, saved: Sequence[int]) -> Cursor:
+        """A cursor from what JSON made of it."""
+        return Cursor(*saved)
+
+    def epochs(self, cursor: Cursor) -> float:
+        """How often the text has been read before this position."""
+        return (cursor.block + cursor.row / len(self._plan(cursor.block))) / self.blocks
+
+    def progress(self, cursor: Cursor) -> dict[str, dict[str, float]]:
+        """Of each source, how often it has been read and its share of all tokens that have been."""
+        return {self.source: {"epochs": self.epochs(cursor), "share": 1.0}}
+
+    @property
+    def samples_per_row(self) -> float:
+        """In the mean of the first block."""
+        plan = self._plan(0)
+        return sum(map(len, plan)) / len(plan)
+
     def piece(self, i: int) -> Document:
         """A piece of the corpus by its number."""
         return self._documents(self.pieces.cut(np.array([i])))[0]

@@ -11,10 +11,11 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.data.dataset import Cursor, Row, Samples
+from ds_pretrain.data.mixing import MixedCursor, MixedDataset
 
 
 class Step(NamedTuple):
@@ -22,7 +23,7 @@ class Step(NamedTuple):
     by the component of a mixture that makes them."""
 
     batches: list[Batch]
-    cursor: Cursor
+    cursor: Cursor | MixedCursor
     consumed: Counter[str] = Counter()
 
 
@@ -35,18 +36,19 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Samples,
+        dataset: Samples | MixedDataset,
         global_size: int,
         micro_size: int,
         data_rank: int = 0,
         data_size: int = 1,
-        cursor: Cursor = Cursor(),
+        cursor: Cursor | MixedCursor | None = None,
         prefetch: int = 2,
     ) -> None:
         check_sizes(global_size, micro_size, data_size)
         self.dataset, self.global_size, self.micro_size = dataset, global_size, micro_size
         self.data_rank, self.data_size = data_rank, data_size
-        self._next, self._prefetch = cursor, max(1, prefetch)
+        self._next: Any = dataset.first if cursor is None else cursor
+        self._prefetch = max(1, prefetch)
         self._pending: deque[Future[Step]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
 

@@ -20,6 +20,7 @@ from ds_pretrain.core.batch import Batch
 from ds_pretrain.data.audit import Audit
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset
 from ds_pretrain.data.loader import Loader, Step, check_sizes
+from ds_pretrain.data.mixing import MixedCursor, MixedDataset
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
@@ -55,7 +56,7 @@ class PreTrainer:
         *,
         model: ModelConfig,
         objective: Objective,
-        dataset: PretrainingDataset,
+        dataset: PretrainingDataset | MixedDataset,
         plan: ParallelPlan = ParallelPlan(),
         batch_size: int = 32,
         micro_batch_size: int | None = None,
@@ -113,7 +114,8 @@ class PreTrainer:
         if compile:
             self.model.compile()
         self.progress = progress and self.mesh.rank == 0
-        self.step, self.tokens, self.cursor, self.consumed = 0, 0, Cursor(), Counter[str]()
+        self.step, self.tokens, self.consumed = 0, 0, Counter[str]()
+        self.cursor: Cursor | MixedCursor = dataset.first
         self._first_loss, self.diverging = 0.0, False
         self.audit = Audit(objective, dataset.vocab)
         if self.output:
@@ -137,7 +139,8 @@ class PreTrainer:
                 last = self.step == self.max_steps
                 if self.eval_every and (self.step % self.eval_every == 0 or last) and not stopped:
                     found = self.evaluate("validation")
-                    metrics.write({"step": self.step, "tokens": self.tokens, **found, "realised": self.audit.shares})
+                    seen = {"realised": self.audit.shares, "sources": self.dataset.progress(self.cursor)}  # type: ignore[arg-type]
+                    metrics.write({"step": self.step, "tokens": self.tokens, **found, **seen})
                     watch.say(f"step {self.step:,} of {self.max_steps:,}: {told(found)}")
                 if self.output and (last or stopped or (self.save_every and self.step % self.save_every == 0)):
                     self.save()
@@ -286,5 +289,5 @@ class PreTrainer:
             )
         checkpoint.load(snapshot, self.model)
         self._first_loss = m["first_loss"]
-        self.step, self.tokens, self.cursor = m["step"], m["tokens"], Cursor(*m["cursor"])
+        self.step, self.tokens, self.cursor = m["step"], m["tokens"], self.dataset.position(m["cursor"])
         self.consumed = Counter(m["consumed"])

@@ -25,12 +25,7 @@ ARTICLE = {
 }
 
 
-@pytest.fixture
-def model():
-    pytest.importorskip("py3langid")
-
-
-def test_known_texts_in_any_order_and_company(model):
+def test_known_texts_in_any_order_and_company():
     codes = [*ARTICLE] * 2
     random.Random(0).shuffle(codes)
     found = identify([ARTICLE[code] for code in codes])
@@ -38,14 +33,14 @@ def test_known_texts_in_any_order_and_company(model):
     assert found == [identify([ARTICLE[code]])[0] for code in codes]
 
 
-def test_text_without_letters_is_undetermined_and_only_the_head_is_read(model):
+def test_text_without_letters_is_undetermined_and_only_the_head_is_read():
     assert identify(["", " \n", "12 + 3", "\ud800", "…"]) == [("und", 0.0)] * 5
     head = (ARTICLE["en"] + " ") * 200
     assert identify([head + ARTICLE["ru"] * 9000]) == identify([head])
     assert identify([]) == []
 
 
-def test_any_text_gets_an_answer(model):
+def test_any_text_gets_an_answer():
     draw = random.Random(0)
     texts = [
         "".join(chr(draw.randrange(top)) for _ in range(draw.randrange(60)))
@@ -55,7 +50,7 @@ def test_any_text_gets_an_answer(model):
     assert all(0 <= probability <= 1 and code.isalpha() for code, probability in identify([*texts, "b" * (16 << 20)]))
 
 
-def test_the_filter_has_one_reason_per_field(model):
+def test_the_filter_has_one_reason_per_field():
     [(code, probability)] = identify([ARTICLE["de"]])
     text = ARTICLE[code]
     assert screen(text, [Languages(keep=("en", "de"), least=probability)]).reasons == ()

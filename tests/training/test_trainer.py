@@ -23,6 +23,8 @@ from ds_pretrain import (
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.data.dataset import Cursor
+from ds_pretrain.data.mixing import MixedDataset
+from ds_pretrain.data.prepare import prepare
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
@@ -350,3 +352,28 @@ def test_flops_of_two_networks_count_the_vocabulary_in_the_generator_only():
     batch = replace(packed([[1, 1, 1, 1]], AttentionPattern.full), targets=targets)
     small = 6 * 4 * 2 * (4 * 8**2 + 2 * 8 * 32) + 12 * 2 * 8 * 16 + 6 * 100 * 32 * 2  # one head of 8, a quarter of 128
     assert metrics.step_flops(model, electra, [batch]) == 6 * 4 * 2 * 12 * 32**2 + 12 * 2 * 32 * 16 + small
+
+
+def test_a_mixed_run_resumes_bit_for_bit_and_takes_new_weights(data, corpus, tmp_path):
+    """The same losses with and without a stop, and after it other shares, with no piece read twice."""
+    prepare([str(corpus)], tmp_path / "again", tokenizer=data / "tokenizer", split=(0.6, 0.2, 0.2), quiet=True)
+
+    def mixed(output, steps, share):
+        dataset = PretrainingDataset(data, seq_len=32, objective="clm")
+        both = MixedDataset(dataset, {str(data): share, str(tmp_path / "again"): 1 - share})
+        settings = {"batch_size": 8, "max_steps": steps, "optimizer": OptimizerConfig(lr=1e-2), "progress": False}
+        return PreTrainer(
+            model=TINY, objective=dataset.objective, dataset=both, output=tmp_path / output, eval_every=2, **settings
+        )
+
+    mixed("whole", 4, 0.75).train()
+    mixed("parts", 2, 0.75).train()
+    mixed("parts", 4, 0.75).train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    changed = mixed("parts", 8, 0.0)
+    before = changed.dataset.progress(changed.cursor)
+    changed.train()
+    after = lines(tmp_path / "parts")[-1]["sources"]
+    assert before[str(data)]["epochs"] == after[str(data)]["epochs"] and after[str(data)]["share"] < before[str(data)]["share"]
+    with pytest.raises(ValueError, match="use another output"):
+        trainer(data, tmp_path / "parts", max_steps=9)
