@@ -21,6 +21,7 @@ from ds_pretrain.curation.documents import SHIFT, Folder, Row, Work, step, write
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data import corpus
 from ds_pretrain.data.corpus import Ledger
+from ds_pretrain.data.prepare import check_repeated
 
 PART = 32 << 20
 """Bytes of files that one part takes before the next begins."""
@@ -40,6 +41,7 @@ def read(sources: Sequence[str], out: Path, workers: Workers, text_field: str = 
     """Sources (see `data.corpus`) to documents."""
     if not sources:
         raise ValueError("no source given: name a file, a folder, datasets:NAME or embedded")
+    check_repeated(sources)
     found = parts(sources)
     asked = {"sources": [[part.source, *((file, Path(file).stat().st_size) for file in part.files)] for part in found]}
 

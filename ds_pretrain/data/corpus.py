@@ -6,7 +6,11 @@ once it exceeds 64 KB (at any line end once it exceeds 1 MB), so that a large fi
 
 Nothing is dropped without a word: broken JSON, a missing field, invalid UTF-8, NUL, empty and giant records go to the
 ledger's quarantine with file, line and reason, and kept + quarantined is exactly what was read. The price: a file that
-cannot be read at all (a truncated .gz, a broken .parquet) stops everything with its name instead of losing its tail.
+cannot be read at all (a truncated .gz, a broken .parquet, a link to nothing) stops everything with its name instead of
+losing its tail.
+
+`datasets` are streamed, so that one larger than the disk can be read; the price is that each reading fetches it again
+(`prepare` reads twice). A slice such as `train[:10%]` cannot be streamed: it is loaded through the cache on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,7 +70,8 @@ class Ledger:
             shown = head.decode("utf-8", "backslashreplace") if isinstance(head, bytes) else head
             shown = shown.encode("utf-8", "backslashreplace").decode()[:SHOWN]  # lone surrogates cannot be written
             with self.quarantine.open("a", encoding="utf-8") as out:
-                row = {"file": file, "line": line, "reason": reason, "head": shown}
+                name = os.fsencode(file).decode("utf-8", "backslashreplace")
+                row = {"file": name, "line": line, "reason": reason, "head": shown}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def screen(self, text: str, source: str, file: str, line: int) -> Iterator[SourceText]:
@@ -103,7 +109,9 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
     elif name.startswith("datasets:"):
         yield from _dataset(name, ledger, text_field)
     else:
-        for path in list_files(source):
+        files = list_files(source)
+        ledger.notes += _passed_over(Path(source), files)
+        for path in files:
             yield from read_file(path, name, ledger, text_field)
     if ledger.kept.total() == before:
         found = ", ".join(f"{reason}: {count}" for reason, count in (ledger.refused - refused).items()) or "nothing"
@@ -111,15 +119,40 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
 
 
 def list_files(source: str | Path) -> list[Path]:
-    """The files of a path, sorted; a folder gives every file below it that can be read."""
+    """The files of a path, sorted; a folder gives every file below it that can be read, through links too."""
     path = Path(source)
     known = tuple(kind + packed for kind in SUFFIXES for packed in PACKED)
     if not path.exists():
         raise ValueError(f"no corpus at {path}: no such file or folder")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(known))
+    files = sorted(p for p in _below(path) if p.name.endswith(known)) if path.is_dir() else [path]
     if not files or not files[0].name.endswith(known):
         raise ValueError(f"no corpus at {path}: expected files ending in {', '.join(SUFFIXES)}, alone or with .gz or .zst")
+    for file in files:
+        if not file.is_file():
+            what = f"a link to nothing ({os.readlink(file)})" if file.is_symlink() else "no regular file"
+            raise ValueError(f"{file} is {what}: mend or remove it")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder. What cannot be listed raises, and so does a link that leads in a circle."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for inner, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(inner)) in seen:
+            raise ValueError(f"{inner} leads to {real}, which {folder} holds already: remove the link")
+        seen.add(real)
+        yield from (Path(inner, name) for name in names)
+
+
+def _passed_over(source: Path, files: list[Path]) -> list[str]:
+    """A note on the files of a folder whose names say that they are no text, if there are any."""
+    others = set(_below(source)).difference(files) if source.is_dir() else set()
+    kinds = Counter(path.suffix or path.name for path in others).most_common(4)
+    return [f"{source}: {len(others)} files of other kinds passed over ({', '.join(k for k, _ in kinds)})"] * bool(others)
 
 
 def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text") -> Iterator[SourceText]:
@@ -139,6 +172,8 @@ def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text")
 
 
 def _open(path: Path) -> IO[bytes]:
+    if path.suffix in PACKED and not path.stat().st_size:
+        raise EOFError("it has no byte, and packed nothing has some")  # Python and zstandard take it for packed nothing
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
@@ -291,22 +326,33 @@ def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_fi
                     continue
                 for text in decoded(value.as_py(), str(path), row, ledger):
                     yield from ledger.screen(text, source, str(path), row)
-    except (pa.ArrowInvalid, OSError) as error:
+        if row != table.metadata.num_rows:  # the library does not compare them
+            raise pa.ArrowInvalid(f"{row} of its {table.metadata.num_rows} rows were found")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
 
 
 def _dataset(spec: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
-    name, config, split = ([*spec.split(":")[1:], "", ""])[:3]
+    name, config, split = [*spec.split(":", 3)[1:], "", ""][:3]  # a slice has a colon of its own
     try:
         import datasets
 
-        table = datasets.load_dataset(name, config or None, split=split or "train")
+        table = datasets.load_dataset(name, config or None, split=split or "train", streaming="[" not in split)
+        columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before its first row
     except Exception as error:  # the library raises a dozen kinds, and a user needs one: what could not be loaded, and why
         raise ValueError(f"cannot load {spec} (datasets:NAME[:CONFIG[:SPLIT]]): {type(error).__name__}: {error}") from error
-    if text_field not in table.column_names:
-        raise ValueError(f"{spec}: {unknown('column', text_field, table.column_names)}; name the one that holds the text")
-    for row, text in enumerate(table[text_field], start=1):
-        if isinstance(text, str):
-            yield from ledger.screen(text, spec, spec, row)
+    if text_field not in columns:
+        raise ValueError(f"{spec}: {unknown('column', text_field, columns)}; name the one that holds the text")
+    for number, row in enumerate(_whole(table.select_columns([text_field]), spec), start=1):
+        if isinstance(text := row[text_field], str):
+            yield from ledger.screen(text, spec, spec, number)
         else:
-            ledger.refuse(spec, row, f"field {text_field!r} is not text", repr(text)[:SHOWN])
+            ledger.refuse(spec, number, f"field {text_field!r} is not text", repr(text)[:SHOWN])
+
+
+def _whole(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[dict[str, Any]]:
+    """All rows of a stream; one that breaks off is named instead of ending early."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{spec} broke off and cannot be read to its end: {type(error).__name__}: {error}") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 import platform
 import shutil
 import time
@@ -140,7 +141,7 @@ def fingerprint(source: str) -> str:
     if source.startswith("embedded"):
         return f"{source} python {platform.python_version()}"
     files = corpus.list_files(source)
-    return xxhash.xxh3_128_hexdigest("".join(f"{file}\0{file_digest(file)}\n" for file in files).encode())
+    return xxhash.xxh3_128_hexdigest(b"".join(os.fsencode(file) + f"\0{file_digest(file)}\n".encode() for file in files))
 
 
 @dataclass
@@ -250,10 +251,16 @@ def _batches(documents: Iterable[SourceText]) -> Iterator[list[SourceText]]:
 def _check(names: list[str], split: Sequence[float]) -> None:
     if not names:
         raise ValueError("no source given: name a file, a folder, datasets:NAME or embedded")
-    if repeated := [name for name, times in Counter(names).items() if times > 1]:
-        raise ValueError(f"source {repeated[0]} is given twice: every document would be counted twice")
+    check_repeated(names)
     if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
         raise ValueError(f"split must be three shares above 0 that sum to 1 (train, validation, test), got {tuple(split)}")
+
+
+def check_repeated(names: Sequence[str]) -> None:
+    """ValueError if a source is given twice, under whatever spelling of its path."""
+    real = Counter(os.path.realpath(name) if os.path.exists(name) else name for name in names)
+    if repeated := [name for name, times in real.items() if times > 1]:
+        raise ValueError(f"source {repeated[0]} is given twice: every document would be counted twice")
 
 
 def _empty(name: str, share: float, documents: int) -> str:

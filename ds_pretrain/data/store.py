@@ -5,7 +5,7 @@ files and its writer wraps ids past the dtype. A JSON sidecar holds the counts, 
 of every file, and is written last: a store without one is not a store. Beside them lies the size of each document's
 original text in bytes and in words, which bits per byte and perplexity per word divide by. Every document ends in the
 end-of-document id. The price: opening with `verify="full"` reads every byte once (gigabytes per second), and a store
-that Megatron's own tool wrote has to be prepared again.
+that Megatron's own tool wrote has to be adopted first (see `adopt`), as it lacks the sidecar and the sizes of the text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import struct
 from array import array
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,13 +42,16 @@ class StoreWriter:
     """Writes PREFIX.bin, .idx, .text.npy and .json under temporary names; they take their own when the block ends well.
 
     vocab_size: ids at or above it are refused. eod: the id appended to every document. tokenizer_digest: its maker.
+    notes: further fields of the sidecar.
     """
 
-    def __init__(self, prefix: str | Path, *, vocab_size: int, eod: int, tokenizer_digest: str) -> None:
+    def __init__(
+        self, prefix: str | Path, *, vocab_size: int, eod: int, tokenizer_digest: str, notes: Mapping[str, str] = {}
+    ) -> None:
         if not 0 <= eod < vocab_size:
             raise ValueError(f"end-of-document id {eod} is outside the vocabulary of {vocab_size} ids")
         self.prefix, self.vocab_size, self.eod, self.tokenizer_digest = str(prefix), vocab_size, eod, tokenizer_digest
-        self.dtype = dtype_for(vocab_size)
+        self.notes, self.dtype = notes, dtype_for(vocab_size)
         self._lengths, self._text = array("i"), array("q")
         self._tokens = 0
         self._hash = xxhash.xxh3_128()
@@ -105,24 +109,26 @@ class StoreWriter:
         text = np.frombuffer(self._text, dtype=np.int64).reshape(-1, 2)
         with open(f"{self.prefix}.text.npy.tmp", "wb") as npy:
             np.save(npy, text)
-        digests = {"bin": self._hash.hexdigest()} | {s: file_digest(f"{self.prefix}.{s}.tmp") for s in SUFFIXES[1:]}
-        size, words = (int(total) for total in text.sum(axis=0))
-        sidecar = {
-            "version": VERSION,
-            "dtype": self.dtype.name,
-            "vocab_size": self.vocab_size,
-            "eod": self.eod,
-            "tokenizer_digest": self.tokenizer_digest,
-            "documents": len(self),
-            "tokens": self._tokens,
-            "bytes": size,
-            "words": words,
-            "sizes": {s: os.path.getsize(f"{self.prefix}.{s}.tmp") for s in SUFFIXES},
-            "xxh3_128": digests,
-        }
-        Path(f"{self.prefix}.json.tmp").write_text(_sealed(sidecar), encoding="utf-8")
+        files = {suffix: f"{self.prefix}.{suffix}.tmp" for suffix in SUFFIXES}
+        digests = {"bin": self._hash.hexdigest()} | {suffix: file_digest(files[suffix]) for suffix in SUFFIXES[1:]}
+        sidecar = describe(
+            files, digests, text, dtype=self.dtype.name, vocab_size=self.vocab_size, eod=self.eod,
+            tokenizer_digest=self.tokenizer_digest, tokens=self._tokens, **self.notes,
+        )  # fmt: skip
+        Path(f"{self.prefix}.json.tmp").write_text(sidecar, encoding="utf-8")
         for suffix in (*SUFFIXES[1:], "json"):
             _sync(f"{self.prefix}.{suffix}.tmp")
+
+
+def describe(files: Mapping[str, str], digests: Mapping[str, str], text: np.ndarray, **fields: Any) -> str:
+    """The sidecar of a store whose files lie at these paths, by suffix.
+
+    text: bytes and words of each document. fields: dtype, vocab_size, eod, tokenizer_digest, tokens, and notes if any.
+    """
+    size, words = (int(total) for total in text.sum(axis=0))
+    counts = {"documents": len(text), "bytes": size, "words": words}
+    sizes = {suffix: os.path.getsize(path) for suffix, path in files.items()}
+    return _sealed({"version": VERSION, **counts, **fields, "sizes": sizes, "xxh3_128": dict(digests)})
 
 
 class Store:
@@ -158,6 +164,21 @@ class Store:
             raise IndexError(f"tokens {start}..{stop} of document {i} of {self.prefix}, which has {self.lengths[i]}")
         first = int(self._pointers[i]) // self._tokens.itemsize
         return np.array(self._tokens[first + start : first + stop], dtype=np.int32)
+
+    def chunks(self, size: int = 1 << 22) -> Iterator[np.ndarray]:
+        """All tokens in order, at most `size` at a time, in the file's own dtype: read, not mapped, so that little memory is
+        enough for any store."""
+        with open(f"{self.prefix}.bin", "rb") as stream:
+            while len(part := np.fromfile(stream, self.info["dtype"], size)):
+                yield part
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at these places of the whole store, in its own dtype."""
+        return self._tokens[places]
+
+    def ends(self, first: int, stop: int) -> np.ndarray:
+        """int64: where the documents [first, stop) end, counted in tokens of the whole store."""
+        return self._pointers[first:stop] // self._tokens.itemsize + self.lengths[first:stop]
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
         return Store, (self.prefix, "sizes")
@@ -204,12 +225,14 @@ class Store:
         return lengths, pointers
 
 
-def file_digest(path: str | Path) -> str:
-    """xxh3-128 of a file, as hexadecimal digits."""
+def file_digest(path: str | Path, advance: Callable[[int], object] | None = None) -> str:
+    """xxh3-128 of a file, as hexadecimal digits. advance: told the bytes of each piece that was read."""
     digest, buffer = xxhash.xxh3_128(), bytearray(1 << 20)
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
+            if advance:
+                advance(count)
     return digest.hexdigest()
 
 

@@ -1,6 +1,10 @@
-"""A chain of steps to be started and killed: chain.py JOBS SOURCE OUT. SLOW: seconds that each part takes longer to read."""
+"""A chain of steps to be started and killed: chain.py JOBS SOURCE OUT.
+
+SLOW: seconds that each part takes longer to read; then worker.pid is who read last, and host-NAME which hosts did.
+"""
 
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -18,11 +22,12 @@ plain = reading._read
 def slowly(*arguments):
     plain(*arguments)
     OUT.joinpath("worker.pid").write_text(str(os.getpid()))
+    OUT.joinpath(f"host-{platform.node()}").write_text(platform.node())
     time.sleep(float(os.environ.get("SLOW", 0)))
 
 
 def main():
-    if "SLOW" in os.environ:
+    if os.environ.get("SLOW"):
         reading._read = slowly
     OUT.mkdir(parents=True, exist_ok=True)
     with workers(int(sys.argv[1]), quiet=True) as team:
@@ -34,7 +39,7 @@ def main():
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    if "SLOW" in os.environ:
+    if os.environ.get("SLOW"):
         reading._read = slowly
     if __name__ == "__main__":
         main()

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -160,6 +161,36 @@ def test_what_cannot_be_found_is_named(tmp_path):
         list(read(tmp_path / "a.docx"))
 
 
+def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):
+    inner, other = tmp_path / "in", tmp_path / "other"
+    for folder in (inner, other):
+        folder.mkdir()
+        packed(folder / "a.jsonl", encoded(".jsonl", TEXTS[:3]))
+    (inner / "linked").symlink_to(other)
+    (inner / "b.jsonl").symlink_to(other / "a.jsonl")
+    assert [document.text for document in read(inner)] == TEXTS[:3] * 3
+    (inner / "c.jsonl").symlink_to("nothing")
+    with pytest.raises(ValueError, match=r"c\.jsonl is a link to nothing \(nothing\): mend or remove it"):
+        list(read(inner))
+    (inner / "c.jsonl").unlink()
+    os.mkfifo(inner / "pipe.txt")
+    with pytest.raises(ValueError, match=r"pipe\.txt is no regular file"):
+        list(read(inner))
+    (inner / "pipe.txt").unlink()
+    (other / "circle").symlink_to(inner)
+    with pytest.raises(ValueError, match=r"linked/circle leads to .*in, which .*in holds already: remove the link"):
+        list(read(inner))
+
+
+def test_files_of_other_kinds_are_passed_over_with_a_word(tmp_path):
+    packed(tmp_path / "a.jsonl", encoded(".jsonl", TEXTS[:3]))
+    for ledger in (Ledger(), Ledger()):
+        assert len(list(read(tmp_path, ledger))) == 3 and len(ledger.notes) == (tmp_path / "b.JSON").exists()
+        for name in ("b.JSON", "c.JSON", "LICENSE"):
+            (tmp_path / name).write_text("x")
+    assert ledger.notes == [f"{tmp_path}: 3 files of other kinds passed over (.JSON, LICENSE)"]
+
+
 def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     raw = pa.array([b"good", b"\xff", None, b""], pa.binary())
@@ -172,6 +203,10 @@ def test_parquet_columns(tmp_path):
     ledger = Ledger()
     assert [document.text for document in read(path, ledger, "body")] == ["good"]
     assert ledger.refused == {"invalid UTF-8": 1, "no field 'body'": 1, "empty": 1}
+    pq.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"body", b"bod\xff"))
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
+        list(read(path, text_field="body"))
 
 
 def test_a_dataset_by_name_works_offline_from_a_folder(tmp_path, monkeypatch):
@@ -189,6 +224,26 @@ def test_a_dataset_by_name_works_offline_from_a_folder(tmp_path, monkeypatch):
         list(read(f"datasets:{folder}", text_field="txt"))
     with pytest.raises(ValueError, match=r"cannot load datasets:.*nothing"):
         list(read(f"datasets:{folder}/nothing"))
+
+
+def test_a_dataset_is_streamed_and_only_a_slice_is_stored(tmp_path, monkeypatch):
+    """So that one larger than the disk can be read; what the library gives without streaming is the reference."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"train-{i}.jsonl").write_bytes(encoded(".jsonl", TEXTS[10 * i : 10 * i + 10]))
+    streamed = [document.text for document in read(f"datasets:{folder}:default:train")]
+    assert not list(tmp_path.rglob("*.arrow"))
+    assert streamed == list(datasets.load_dataset(str(folder), split="train")["text"]) == TEXTS
+    assert [document.text for document in read(f"datasets:{folder}::train[10%:50%]")] == TEXTS[3:15]
+    (folder / "train-2.jsonl").write_bytes(encoded(".jsonl", TEXTS[20:22]) + b'{"text": \n')
+    stream = read(f"datasets:{folder}")
+    assert [next(stream).text for _ in range(20)] == TEXTS[:20]
+    with pytest.raises(ValueError, match=r"datasets:.* broke off and cannot be read to its end: .*JSON"):
+        list(stream)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A store gives back what was written, Megatron reads the same, and no changed byte goes unnoticed."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -157,3 +158,40 @@ def test_impossible_requests_say_so(tmp_path):
     with pytest.raises(ValueError, match="'full' or 'sizes'"):
         Store(tmp_path / "t", "none")  # type: ignore[arg-type]
     assert dtype_for(65536) == np.uint16 and dtype_for(65537) == np.int32
+
+
+@pytest.mark.parametrize("vocab_size", [600, 70_000])
+@pytest.mark.parametrize("reach", [31, 32])
+def test_tokens_past_two_billion_are_read_right_by_us_and_by_megatron(tmp_path, vocab_size, reach):
+    """Holes stand for documents of 2^29 zeros: gigabytes in the file's size, nothing on the disk."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    hole, near, far = 1 << 29, documents(vocab_size, 3), documents(vocab_size, 9)[1:]
+    with StoreWriter(tmp_path / "t", vocab_size=vocab_size, eod=EOD, tokenizer_digest="tok") as writer:
+        for doc in near:
+            writer.add(doc, "a b")
+        for _ in range((1 << reach) // hole):
+            writer._bin.seek(hole * writer.dtype.itemsize, os.SEEK_CUR)
+            writer._lengths.append(hole)
+            writer._text.extend((0, 0))
+            writer._tokens += hole
+        for doc in far:
+            writer.add(doc, "a b")
+    path, store, theirs = tmp_path / "t.bin", Store(tmp_path / "t", "sizes"), IndexedDataset(str(tmp_path / "t"))
+    assert path.stat().st_size > (2 if vocab_size <= 65536 else 4) << reach and path.stat().st_blocks * 512 < 1 << 20
+    assert len(store) == len(theirs) == len(near) + (1 << reach) // hole + len(far) and store.info["tokens"] > 1 << reach
+    for i, doc in zip([0, 1, 2, *range(len(store) - len(far), len(store))], [*near, *far], strict=True):
+        assert store[i].tolist() == [*doc.tolist(), EOD] == theirs[i].tolist()
+        assert store.slice(i, len(doc) // 2, len(doc)).tolist() == doc[len(doc) // 2 :].tolist()
+    assert store.slice(len(store) - len(far) - 1, hole - 9, hole).tolist() == [0] * 9
+    assert store.at(store.ends(len(store) - len(far), len(store)) - 1).tolist() == [EOD] * len(far)
+    ends = np.cumsum(store.lengths, dtype=np.int64)
+    assert store.ends(0, len(store)).tolist() == ends.tolist() and ends[-1] > 1 << reach
+
+
+def test_chunks_are_all_tokens_in_order(made):
+    _, docs, store = made
+    flat = [token for doc in docs for token in (*doc.tolist(), EOD)]
+    for size in (1, 7, 1 << 22):
+        parts = list(store.chunks(size))
+        assert np.concatenate(parts).tolist() == flat and max(map(len, parts)) <= size

@@ -1,0 +1,175 @@
+"""Hosts on one machine, for what must run on several.
+
+Each has a name, an address, processes, shared memory, temporary files and an ssh server of its own (Linux namespaces); all
+are on one switch and share the file system. Needs root and the Debian packages below.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+PACKAGES = "openssh-server openssh-client iproute2"
+SUBNET = "10.77.0"
+
+
+def missing():
+    """Why there can be no hosts here; None if there can."""
+    if os.geteuid():
+        return "network namespaces need root"
+    lacking = [tool for tool in ("ip", "sshd", "ssh-keygen", "nsenter", "unshare") if not shutil.which(tool, path=PATH)]
+    return f"{', '.join(lacking)} missing: apt-get install {PACKAGES}" if lacking else None
+
+
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+class Hosts:
+    """`with Hosts() as hosts: hosts.run("host1", [...])`"""
+
+    def __init__(self, count=2):
+        self.folder = Path(tempfile.mkdtemp(prefix="hosts-"))  # short: names of sockets have a limit
+        self.names = [f"host{i + 1}" for i in range(count)]
+        self._mark = self.folder.name.removeprefix("hosts-")
+        self._outer, self._inner = {}, {}
+
+    def __enter__(self):
+        try:
+            self._keys()
+            self._switch()
+            for number, name in enumerate(self.names, start=1):
+                self._boot(number, name)
+            for name in self.names:
+                self._wait_for_ssh(name)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for name in self.names:
+            self.crash(name)
+            self._ip("netns", "del", self._space(name), check=False)
+        self._ip("netns", "del", self._space("switch"), check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, host, command, timeout=120, **env):
+        """Run a command on a host."""
+        return subprocess.run(
+            self.entering(host, command), env=self._env(host, env), capture_output=True, text=True, timeout=timeout
+        )
+
+    def start(self, host, command, **env):
+        """The same, running."""
+        into = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(self.entering(host, command), env=self._env(host, env), text=True, **into)
+
+    def entering(self, host, command):
+        return [
+            "nsenter",
+            "-t",
+            str(self._inner[host]),
+            "-n",
+            "-u",
+            "-m",
+            "-p",
+            "-i",
+            f"--wd={os.getcwd()}",
+            *map(str, command),
+        ]
+
+    def crash(self, host):
+        """The power goes: every process of the host is gone at once."""
+        for pid in (self._inner.pop(host, None), self._outer.pop(host, None)):
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _env(self, host, more):
+        return {**os.environ, "PATH": PATH, "TMPDIR": str(self.folder / host), **more}
+
+    def _space(self, name):
+        return f"{self._mark}{name}"
+
+    def _ip(self, *arguments, check=True):
+        subprocess.run(["ip", *arguments], check=check, capture_output=True, env={**os.environ, "PATH": PATH})
+
+    def _keys(self):
+        ssh = self.folder / "ssh"
+        ssh.mkdir(parents=True, mode=0o700)
+        for key in (ssh / "id_ed25519", self.folder / "hostkey"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        shutil.copy(ssh / "id_ed25519.pub", ssh / "authorized_keys")
+        public = " ".join((self.folder / "hostkey.pub").read_text().split()[:2])
+        addresses = [(name, f"{SUBNET}.{number}") for number, name in enumerate(self.names, start=1)]
+        (ssh / "known_hosts").write_text("".join(f"{name},{address} {public}\n" for name, address in addresses))
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses)]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # DNS would wait 10 s
+
+    def _switch(self):
+        space = self._space("switch")
+        self._ip("netns", "add", space)
+        self._ip("-n", space, "link", "add", "br0", "type", "bridge")
+        self._ip("-n", space, "link", "set", "br0", "up")
+
+    def _boot(self, number, name):
+        space, switch, port = self._space(name), self._space("switch"), f"p{number}"
+        cable = f"{self._mark}v{number}"
+        self._ip("netns", "add", space)
+        self._ip("-n", space, "link", "set", "lo", "up")
+        self._ip("link", "add", cable, "netns", space, "type", "veth", "peer", "name", port, "netns", switch)
+        self._ip("-n", space, "link", "set", cable, "name", "eth0")
+        self._ip("-n", space, "addr", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
+        self._ip("-n", space, "link", "set", "eth0", "up")
+        self._ip("-n", switch, "link", "set", port, "master", "br0", "up")
+        own = self.folder / name
+        own.mkdir()
+        (own / "init.sh").write_text(self._init(name, own))
+        isolate = ["unshare", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+        with (own / "log").open("w") as log:
+            command = ["ip", "netns", "exec", space, *isolate, "bash", str(own / "init.sh")]
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            self._outer[name] = subprocess.Popen(command, env=self._env(name, {}), **quiet).pid
+        self._inner[name] = self._wait_for_init(name, own / "ready")
+
+    def _init(self, name, own):
+        home = Path.home()
+        (home / ".ssh").mkdir(mode=0o700, exist_ok=True)
+        config = ["Port 22", f"HostKey {self.folder}/hostkey", "PidFile none", "PermitRootLogin prohibit-password", "UsePAM no",
+                  f"AuthorizedKeysFile {home}/.ssh/authorized_keys", "StrictModes no", "PasswordAuthentication no",
+                  f"SetEnv TMPDIR={own}"]  # fmt: skip
+        (own / "sshd_config").write_text("\n".join(config) + "\n")
+        lines = [
+            "set -e",
+            f"hostname {name}",
+            f"mount --bind {self.folder}/hosts /etc/hosts",
+            f"mount --bind {self.folder}/nsswitch.conf /etc/nsswitch.conf",
+            f"mount --bind {self.folder}/ssh {home}/.ssh",
+            "mount -t tmpfs tmpfs /dev/shm",
+            "mkdir -p /run/sshd",
+            f"touch {own}/ready",
+            f"exec {shutil.which('sshd', path=PATH)} -D -e -f {own}/sshd_config",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _wait_for_ssh(self, name):
+        deadline = time.monotonic() + 20
+        while self.run(name, ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/22"]).returncode:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} has no ssh server: {(self.folder / name / 'log').read_text()}")
+            time.sleep(0.05)
+
+    def _wait_for_init(self, name, ready):
+        """The host's first process, seen from here."""
+        deadline = time.monotonic() + 20
+        while not ready.exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} did not start: {(ready.parent / 'log').read_text()}")
+            time.sleep(0.02)
+        children = Path(f"/proc/{self._outer[name]}/task/{self._outer[name]}/children").read_text().split()
+        return int(children[0])
