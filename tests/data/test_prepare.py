@@ -209,6 +209,8 @@ def test_impossible_requests_say_so(source, tmp_path, split):
         prepare(source, tmp_path / "out", split=split, quiet=True)
     with pytest.raises(ValueError, match="given twice"):
         prepare([source, source], tmp_path / "out", quiet=True)
+    with pytest.raises(ValueError, match="given twice"):
+        prepare([source, source / ".." / source.name], tmp_path / "out", quiet=True)
     with pytest.raises(ValueError, match="no source given"):
         prepare([], tmp_path / "out", quiet=True)
 
