@@ -71,7 +71,7 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     outcome: list[dict] | str
     try:
         attempt.mkdir(parents=True, exist_ok=True)
-        outcome = [_write(attempt, name, data) for name, data in _files(engine)]
+        outcome = [write_file(attempt, name, data) for name, data in _files(engine)]
     except OSError as error:
         outcome = f"rank {engine.mesh.rank}: {error}"
     everyone = engine.mesh.gather(outcome)
@@ -79,7 +79,7 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     saved = {"counters": state.counters(engine)}
     if not failed and engine.mesh.rank == 0:
         try:
-            _commit(attempt, final, {"version": VERSION, "step": step, **facts, **saved, "files": list(chain(*everyone))})
+            commit(attempt, final, {"version": VERSION, "step": step, **facts, **saved, "files": list(chain(*everyone))})
         except OSError as error:
             failed = [f"rank 0: {error}"]
         else:
@@ -123,7 +123,7 @@ def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
                 yield Piece(kind, fragment.shard, fragment.start), view
 
 
-def _write(folder: Path, name: str, data: bytes) -> dict[str, Any]:
+def write_file(folder: Path, name: str, data: bytes) -> dict[str, Any]:
     _write_synced(folder / name, data)
     return {"name": name, "bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
@@ -135,7 +135,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+def commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     body = json.dumps(manifest, indent=1, sort_keys=True)
     sealed = {"manifest": json.loads(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
     _write_synced(attempt / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())

@@ -289,5 +289,6 @@ class PreTrainer:
             )
         checkpoint.load(snapshot, self.model)
         self._first_loss = m["first_loss"]
-        self.step, self.tokens, self.cursor = m["step"], m["tokens"], self.dataset.position(m["cursor"])
+        self.step, self.tokens = m["step"], m["tokens"]
+        self.cursor = self.dataset.position(m["cursor"]) if m["cursor"] else self.dataset.first  # none after a resize
         self.consumed = Counter(m["consumed"])

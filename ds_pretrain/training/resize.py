@@ -1,0 +1,125 @@
+"""A checkpoint with a larger vocabulary: new rows where the vocabulary has rows, everything else byte for byte.
+
+Read whole parameters, add rows, write them whole: a checkpoint knows no layout, nor the padding of the vocabulary that tensor
+ranks need, which is made anew when it is loaded, so both may change here. Old rows stay as they are, and so do the logits of
+old tokens; what a new row takes of the probability is up to it.
+
+A new row is the mean of the old pieces that spell the token, so that it begins near what the model knew of them (Gee et al.
+2022, "Fast Vocabulary Transfer"); or it is drawn around the mean of all rows with a billionth of their covariance (Hewitt 2021,
+as `resize_token_embeddings` of transformers does), which takes least of the probability where nothing is known of the token.
+Adam's moments of new rows are zero; its step count is the whole model's and stays, so first updates of new rows are larger
+than those of a fresh start.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ds_pretrain.core import rng
+from ds_pretrain.parallel.shards import Shard
+from ds_pretrain.training import checkpoint
+from ds_pretrain.training.checkpoint import Piece, Snapshot
+
+SPREAD = 1e-9
+"""Share of the covariance that new rows are drawn with: that of transformers."""
+TABLES = ("word.weight", "output.weight")
+BIASES = ".output_bias.bias"
+"""The parameters with a row for each id, a generator's among them."""
+Parts = Sequence[Sequence[int]]
+
+
+def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, data: str | None = None, seed: int = 0) -> Path:
+    """Write `output/checkpoints/step-N` from the checkpoint `source` (a step-N folder), with `vocab` ids.
+
+    parts: for each new id the old ids that spell it, none where nothing does (it then gets the mean of all rows); left out,
+    new rows are drawn. data: the digest of the dataset that a run goes on with, from its beginning; left out, the checkpoint
+    serves evaluation and generation, and resuming is refused.
+    """
+    if found := checkpoint.damages(source):
+        raise ValueError(f"{source} is not a sound checkpoint: {found[0]}")
+    snapshot = Snapshot(source)
+    old = snapshot.manifest["model"]["vocab"]
+    _check(snapshot, vocab, old, parts)
+    final = output / "checkpoints" / source.name
+    if final.exists():
+        raise ValueError(f"{final} exists: choose another output, or remove it")
+    manifest = snapshot.manifest | {"model": snapshot.manifest["model"] | {"vocab": vocab}, "resized": {"from": old}}
+    if data is not None:
+        manifest |= {"data": data, "cursor": None}
+    else:
+        manifest["data"] = f"{manifest['data']}, resized"
+    attempt = final.with_name(f"{final.name}.tmp")
+    shutil.rmtree(attempt, ignore_errors=True)
+    attempt.mkdir(parents=True)
+    try:
+        files = [checkpoint.write_file(attempt, *file) for file in _files(snapshot, vocab, parts, seed)]
+        checkpoint.commit(attempt, final, manifest | {"files": files})
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise
+    return final
+
+
+def new_rows(rows: Tensor, count: int, parts: Parts | None, generator: torch.Generator) -> Tensor:
+    """`count` rows after these: means of parts, or drawn around the mean of all."""
+    rows = rows.double()
+    mean = rows.mean(0)
+    if parts is not None:
+        return torch.stack([rows[list(ids)].mean(0) if len(ids) else mean for ids in parts]).float()
+    flat = (rows - mean).view(len(rows), -1)
+    values, vectors = torch.linalg.eigh(flat.T @ flat / len(rows))
+    noise = torch.randn(count, len(values), dtype=torch.float64, generator=generator)
+    drawn = noise * (SPREAD * values.clamp(min=0)).sqrt() @ vectors.T
+    return (mean + drawn.view(count, *rows.shape[1:])).float()
+
+
+def _check(snapshot: Snapshot, vocab: int, old: int, parts: Parts | None) -> None:
+    if vocab <= old:
+        raise ValueError(f"{snapshot.path} has {old} ids, {vocab} are asked for: a vocabulary grows only")
+    if parts is not None and len(parts) != vocab - old:
+        raise ValueError(f"{vocab} ids are {vocab - old} more than {snapshot.path} has, but {len(parts)} are spelled out")
+    if strange := [i for ids in parts or () for i in ids if not 0 <= i < old]:
+        raise ValueError(
+            f"a new id is spelled with id {strange[0]}, {snapshot.path} has ids below {old}: the parts are of another tokenizer"
+        )
+    wrong = [f"{name} {shape}" for name, shape in snapshot.shapes.items() if _has_ids(name) and shape[0] != old]
+    assert not wrong, wrong
+
+
+def _has_ids(name: str) -> bool:
+    return name in TABLES or name.endswith(BIASES)
+
+
+def _files(snapshot: Snapshot, vocab: int, parts: Parts | None, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Everything as named safetensors files of bounded size."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = number = 0
+    for name, kind in snapshot.index:
+        whole = snapshot.whole(name, kind)
+        if _has_ids(name):
+            whole = torch.cat([whole, _more(whole, name, kind, vocab, parts, seed)])
+        key, shape = str(len(tensors)), tuple(whole.shape)
+        tensors[key] = whole.reshape(-1).contiguous()
+        metadata[key] = json.dumps(asdict(Piece(kind, Shard(name, shape, shape), 0)))
+        size += whole.numel() * whole.element_size()
+        if size > checkpoint.FILE_BYTES:
+            yield f"rank-00000-{number:03d}.safetensors", to_bytes(tensors, metadata)
+            tensors, metadata, size, number = {}, {}, 0, number + 1
+    if tensors:
+        yield f"rank-00000-{number:03d}.safetensors", to_bytes(tensors, metadata)
+
+
+def _more(whole: Tensor, name: str, kind: str, vocab: int, parts: Parts | None, seed: int) -> Tensor:
+    count = vocab - len(whole)
+    if kind != "master":
+        return whole.new_zeros(count, *whole.shape[1:])
+    return new_rows(whole, count, parts, rng.torch_generator("resize", name, seed))
