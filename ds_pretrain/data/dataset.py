@@ -158,11 +158,12 @@ class Samples:
         """Of each source, how often it has been read and its share of all tokens that have been."""
         return {self.source: {"epochs": self.epochs(cursor), "share": 1.0}}
 
-    @property
-    def samples_per_row(self) -> float:
-        """In the mean of the first block."""
+    def per_row(self) -> tuple[float, float]:
+        """Tokens and samples of a row, in the mean of the first block."""
         plan = self._plan(0)
-        return sum(map(len, plan)) / len(plan)
+        number = self.decode(np.array([sample for row in plan for sample in row]))
+        cut = self.slots.cut(number.piece, number.slot)
+        return int((cut.stop - cut.start).sum()) / len(plan), len(number.piece) / len(plan)
 
     def piece(self, i: int) -> Document:
         """A piece of the corpus by its number."""

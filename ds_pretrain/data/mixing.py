@@ -42,8 +42,8 @@ class MixedCursor(NamedTuple):
 class MixedDataset:
     """Rows of several folders as one stream; evaluation, tokenizer and vocabulary are the main folder's.
 
-    weights: folder to its share, which need not sum to 1. by: what they are shares of, tokens (of rows, which are full) or
-    samples. Settings (length, objective, seed) are those of `main`. ValueError for a folder of another tokenizer.
+    weights: folder to its share, which need not sum to 1. by: what they are shares of, tokens or samples.
+    Settings (length, objective, seed) are those of `main`. ValueError for a folder of another tokenizer.
     """
 
     def __init__(self, main: PretrainingDataset, weights: Mapping[str, float], by: Shares = "tokens") -> None:
@@ -93,10 +93,10 @@ class MixedDataset:
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """float [folders]: of the rows; sums to 1."""
-        weights = np.array(list(self.weights.values()))
-        per_row = np.array([each.samples_per_row for each in self.folders]) if self.by == "samples" else 1.0
-        return weights / per_row / (weights / per_row).sum()
+        """float [folders]: of the rows; sums to 1. Rows of short documents hold fewer tokens, so there are more of them."""
+        per_row = np.array([each.per_row()[self.by == "samples"] for each in self.folders])
+        rows = np.array(list(self.weights.values())) / per_row
+        return rows / rows.sum()
 
     def pick(self, numbers: np.ndarray) -> np.ndarray:
         """Which folder gives each of these rows."""

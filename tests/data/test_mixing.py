@@ -25,7 +25,9 @@ def folders(data, tmp_path_factory):
     made = [data]
     for name, count in (("b", 60), ("c", 200)):
         folder = tmp_path_factory.mktemp(name)
-        lines = (f"{name} text number {i}: " + "and so on, " * (i % 40) + "to the end of it." for i in range(count))
+        lines = (
+            f"text number {i}: " + "and so on, " * (i % 40 if name == "c" else 1) + "to the end of it." for i in range(count)
+        )
         (folder / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         prepare(folder / "in.jsonl", folder / "data", tokenizer=data / "tokenizer", split=(0.8, 0.1, 0.1), quiet=True)
         made.append(folder / "data")
@@ -46,7 +48,7 @@ def own(data, rows):
 def test_every_stretch_of_rows_has_the_wanted_shares(folders, weights):
     data = mixed(folders, weights)
     which = data.pick(np.arange(20_000))
-    wanted = [weight / sum(weights) for _, weight in sorted(zip(folders, weights, strict=True))]
+    wanted = data.shares
     for start, stop in [(0, 20_000), (0, 1000), (777, 1777), (12_345, 12_845)]:
         counts = np.bincount(which[start:stop], minlength=3)
         assert np.abs(counts - np.array(wanted) * (stop - start)).max() < 6
@@ -94,10 +96,19 @@ def test_each_folder_is_read_once_per_epoch_of_its_own_whatever_the_weights(fold
         assert mine == expected
     told = data.progress(cursor)
     assert sum(each["share"] for each in told.values()) == pytest.approx(1)
-    rows_of = {name: len(mine) for name, mine in taken.items()}
-    for name, each in told.items():
-        assert each["share"] == pytest.approx(rows_of[name] / 160, abs=0.06)
+    for each in told.values():
         assert each["epochs"] > 0
+
+
+@pytest.mark.parametrize("weights", [(0.8, 0.1, 0.1), (0.2, 0.2, 0.6)])
+def test_weights_are_shares_of_tokens_however_full_rows_are(folders, weights):
+    data = mixed(folders, weights)
+    _, cursor = data.rows(data.first, 3000)
+    told = data.progress(cursor)
+    for name, weight in zip(folders, weights, strict=True):
+        assert told[name]["share"] == pytest.approx(weight, abs=0.01)
+    alike = data.shares / [weight for _, weight in sorted(zip(folders, weights, strict=True))]
+    assert alike.max() > 1.02 * alike.min(), "rows of these folders are not equally full"
 
 
 def test_samples_may_be_counted_instead_of_tokens(folders):
