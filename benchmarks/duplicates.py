@@ -20,11 +20,13 @@ import re
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ds_pretrain.curation.documents import Folder
 from ds_pretrain.curation.duplicates import near
 from ds_pretrain.curation.minhash import MinHash
+from ds_pretrain.curation.passages import passages
 from ds_pretrain.curation.reading import read
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data import corpus
@@ -168,6 +171,30 @@ def compare(megabytes: float, threshold: float, turns: int) -> Table:
     return table
 
 
+def licences(megabytes: float) -> Table:
+    """What repeats in the Python sources of the installed packages: all of it, and in the comments that files begin with."""
+    size, held = 0, list[str]()
+    files = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    random.Random(0).shuffle(files)
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        held, size = [*held, text], size + len(text.encode())
+        if size > megabytes * 1e6:
+            break
+    headers = ["\n".join(takewhile(lambda line: line[:1] in "# \n", text.split("\n"))).strip() for text in held]
+    table = Table("", "documents", "MB", "cut, MB", "of all sources", "MB/s", title="passages of 50 words, installed packages")
+    for name, texts in (("whole files", held), ("the comments they begin with", [each for each in headers if each])):
+        with tempfile.TemporaryDirectory() as folder:
+            before = stored(texts, Path(folder))
+            started = time.perf_counter()
+            after = passages(before, Path(folder) / "out", Workers(quiet=True)).report
+            seconds = time.perf_counter() - started
+        mine = sum(len(each.encode()) for each in texts)
+        told = (f"{mine / 1e6:.2f}", f"{(mine - after['bytes']) / 1e6:.2f}", f"{(mine - after['bytes']) / size:.1%}")
+        table.add_row(name, f"{len(texts):,}", *told, f"{mine / 1e6 / seconds:.1f}")
+    return table
+
+
 def alone(megabytes: float, threshold: float) -> None:
     """Ours at one size in a process of its own: seconds and peak memory, as a line of JSON."""
     texts = planted(megabytes)
@@ -209,6 +236,7 @@ def main(
     names = ("ds_pretrain", "datasketch", "rensa", "numpy")
     out.print(f"{platform.processor() or platform.machine()}, " + ", ".join(f"{name} {version(name)}" for name in names))
     out.print(compare(megabytes, threshold, turns))
+    out.print(licences(megabytes))
     table = Table("MB", "read, MB/s", "near, MB/s", "peak memory, MB", title="one process, 8 files")
     for each in filter(None, sizes.split(",")):
         ran = subprocess.run([sys.executable, __file__, "--one", each], capture_output=True, text=True, check=True)

@@ -217,7 +217,13 @@ def step(
             raise ValueError(f"{out} was made by other means ({changed}): choose another folder, or remove it")
         return done
     building = _begun(out, request)
-    extra = do(Work(name, building, before, workers))
+    try:
+        extra = do(Work(name, building, before, workers))
+    except OSError as error:
+        raise OSError(
+            f"{name} was stopped in {building}: {error}. Finished parts are kept: if the disk is full, make room, then run the "
+            "same command again"
+        ) from error
     counts = workers.map(f"{name}: count", _counted, [building / "kept" / path.name for path in Folder(building).parts])
     report = _summed(counts) | dict(extra) | {"request": request, "digest": _digest(request, counts)}
     _write(building / "report.json", report)

@@ -21,7 +21,9 @@ plain = reading._read
 
 def slowly(*arguments):
     plain(*arguments)
-    OUT.joinpath("worker.pid").write_text(str(os.getpid()))
+    beside = OUT.joinpath(f"worker.{os.getpid()}")
+    beside.write_text(str(os.getpid()))
+    beside.replace(OUT.joinpath("worker.pid"))
     OUT.joinpath(f"host-{platform.node()}").write_text(platform.node())
     time.sleep(float(os.environ.get("SLOW", 0)))
 

@@ -5,10 +5,12 @@ import json
 import os
 import platform
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,18 @@ def test_a_killed_worker_is_told_and_the_next_run_goes_on_to_the_same_bytes(how,
     assert digests(tmp_path / "out") == expected
     kept = tmp_path / "out/read/kept"
     assert all((kept / name).stat().st_mtime_ns == when for name, when in done.items()), "a finished part was made again"
+
+
+def test_a_full_disk_is_told_and_the_next_run_goes_on_to_the_same_bytes(alone, tmp_path):
+    """No file may grow beyond 30 kB, which stops a later step: what comes before it is whole."""
+    source, expected = alone
+    command = [sys.executable, str(CHAIN), "1", source, str(tmp_path / "out")]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (30_000, 30_000))
+    ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    assert ran.returncode != 0 and "if the disk is full, make room" in ran.stderr and ".unfinished" in ran.stderr, ran.stderr
+    assert list((tmp_path / "out").glob("*.unfinished"))
+    assert chained([sys.executable, str(CHAIN), "1"], source, tmp_path / "out").returncode == 0
+    assert digests(tmp_path / "out") == expected
 
 
 def test_a_step_is_made_once_and_never_from_other_inputs(tmp_path):
