@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """From raw text to stores that can be trained on: one chain of steps, or each alone.
 
-    read -> screen -> exact -> passages -> near -> decontaminate -> store
+    read -> screen -> perplexity -> exact -> passages -> near -> semantic -> decontaminate -> store
 
 `run` does the chain; every other command is one step, from a folder of documents to the next. A step that was stopped goes on
 where it was, one that is done is not done again, and the bytes are the same however many work on it:
@@ -16,9 +16,10 @@ What is kept and what is dropped, with reasons, is parquet (STEP/kept, STEP/drop
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,7 +39,13 @@ from ds_pretrain.curation.passages import passages as cut_passages
 from ds_pretrain.curation.quality import RULES, Rules
 from ds_pretrain.curation.reading import read as read_sources
 from ds_pretrain.curation.report import COLUMNS, rows, write_report
+from ds_pretrain.curation.scoring import Scorer
+from ds_pretrain.curation.scoring import check as check_bounds
+from ds_pretrain.curation.scoring import perplexity as drop_strange
 from ds_pretrain.curation.screening import Label, screening
+from ds_pretrain.curation.semantic import THRESHOLD as COSINE
+from ds_pretrain.curation.semantic import check as check_semantic
+from ds_pretrain.curation.semantic import semantic as drop_semantic
 from ds_pretrain.curation.shingles import Grams
 from ds_pretrain.curation.workers import Workers, workers
 from ds_pretrain.data import corpus
@@ -48,7 +55,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
 )
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-ORDER = ("read", "screen", "exact", "passages", "near", "decontaminate")
+ORDER = ("read", "screen", "perplexity", "exact", "passages", "near", "semantic", "decontaminate")
+ROWS = 8
+"""Documents that are scored at once."""
 
 Sources = Annotated[
     list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet; .gz, .zst), datasets:NAME, embedded.")
@@ -68,6 +77,14 @@ Threshold = Annotated[
 Unit = Annotated[str, typer.Option(help="What n-grams are made of: word, or char for scripts without spaces.")]
 Ngram = Annotated[int, typer.Option(help="Units of an n-gram of near copies.")]
 Passage = Annotated[int, typer.Option("--passages", help="Cut what repeats over so many words (50 is usual); 0: nothing.")]
+Judge = Annotated[Path | None, typer.Option("--perplexity", help="Score documents by this finished causal run (its output).")]
+Most = Annotated[float | None, typer.Option(help="Bits per byte above which a document is too strange; none: no bound.")]
+Least = Annotated[float | None, typer.Option(help="Bits per byte below which a document is too easy; none: no bound.")]
+Embedder = Annotated[
+    Path | None, typer.Option("--semantic", help="Drop copies in meaning by this sentence embedding model (a local folder).")
+]
+Cosine = Annotated[float, typer.Option(help="Cosine similarity from which documents are copies in meaning.")]
+Groups = Annotated[int, typer.Option(help="Groups that copies in meaning are looked for in; 0: the root of the documents.")]
 Against = Annotated[list[str] | None, typer.Option(help="Texts of a benchmark to be tested on; may be given again.")]
 Split = Annotated[str, typer.Option(help="Shares of train, validation and test.")]
 
@@ -105,6 +122,102 @@ def how(threshold: float, unit: str, n: int) -> MinHash:
     return MinHash(threshold=threshold, grams=Grams(unit=unit, n=n))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Makes scorers by a finished run. checkpoint: which one, and its digest."""
+
+    output: Path = field(repr=False)
+    checkpoint: str
+
+    @classmethod
+    def of(cls, output: Path) -> Judged:
+        """ValueError where there is no run, or one whose loss is no likelihood."""
+        from ds_pretrain.data.store import file_digest
+        from ds_pretrain.training.checkpoint import newest
+
+        likelihood(output)
+        path = newest(output / "checkpoints")
+        if path is None:
+            raise ValueError(f"no checkpoint in {output / 'checkpoints'}: train the run first")
+        return cls(output, f"{path.name} {file_digest(path / 'manifest.json')}")
+
+    def __call__(self) -> Scorer:
+        import torch
+
+        from ds_pretrain.parallel.mesh import Place, start
+        from ds_pretrain.training.inference import FrozenModel
+
+        torch.set_num_threads(1)  # sums in one order, whatever cores there are
+        start(Place(0, 1, 0))  # a world of its own, under mpirun too
+        config, objective = likelihood(self.output)
+        model = FrozenModel(self.output, config.make_objective()).under(objective)
+        tokenizer = TextTokenizer.load(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+        if (ids := model.build.model.vocab_size) != len(tokenizer):
+            raise ValueError(
+                f"{self.output} was trained with {ids} ids, the tokenizer of its data has {len(tokenizer)} now: train it again"
+            )
+        return lambda texts: bits_per_byte(model, tokenizer, config.batch.seq_len, texts)
+
+
+def likelihood(output: Path) -> tuple[Any, Any]:
+    """A finished run's settings, and the objective that gives its model a likelihood of texts."""
+    import yaml
+
+    from ds_pretrain.config import parse_run
+
+    path = output / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained")
+    config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    objective = config.make_objective()
+    if objective.likelihood is None:
+        raise ValueError(f"{output} was trained for {objective.name}, whose loss is no likelihood of texts: give a causal run")
+    return config, objective.likelihood.evaluated
+
+
+def bits_per_byte(model: Any, tokenizer: TextTokenizer, seq_len: int, texts: Sequence[str]) -> list[float]:
+    """Of each text, its end included; of one that is longer than a row, those of the row that it begins with."""
+    import numpy as np
+    import torch
+
+    from ds_pretrain.core.batch import Document
+    from ds_pretrain.data.collate import collate
+    from ds_pretrain.training.engine import to_device
+
+    def summed(answers: Any, batch: Any) -> torch.Tensor:
+        return sum(
+            (answers.nll(name, at.labels, at.weights) * at.weights).double().sum(1) for name, at in batch.targets.items()
+        )
+
+    vocab, objective, found = tokenizer.vocabulary, model.objective, np.zeros(len(texts))
+    tokens = [np.append(ids, np.int32(vocab.eod)) for ids in tokenizer.encode_batch(texts)]
+    order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
+    for some in (order[i : i + ROWS] for i in range(0, len(order), ROWS)):
+        width = min(seq_len, len(tokens[some[0]]))
+        draw = np.random.default_rng(0)  # a likelihood draws nothing
+        rows = [[objective.example((Document(tokens[i][:width]),), vocab, width, draw)] for i in some]
+        with torch.no_grad():
+            nats = model.network(to_device(collate(rows, objective, vocab, width), model.mesh.device), summed)
+        found[some] = nats.cpu().numpy() / [read_bytes(tokenizer, texts[i], tokens[i], width) for i in some]
+    return (found / np.log(2)).tolist()
+
+
+def read_bytes(tokenizer: TextTokenizer, text: str, tokens: Any, width: int) -> float:
+    """Bytes of the text that its first tokens stand for: the share that they spell of what all spell."""
+    size = len(text.encode())
+    if len(tokens) <= width:
+        return size
+    part, whole = (len(tokenizer.decode(some).encode()) for some in (tokens[:width], tokens[:-1]))
+    return size * part / whole
+
+
+def judged(output: Path | None, most: float | None, least: float | None) -> Judged | None:
+    if output is None and (most, least) != (None, None):
+        raise ValueError("--most and --least are bounds of --perplexity RUN: give a run to score by")
+    check_bounds(most, least)
+    return Judged.of(output) if output else None
+
+
 def show(steps: list[tuple[str, Folder]]) -> None:
     table = Table(*COLUMNS)
     for row in rows({name: folder.report for name, folder in steps}):
@@ -119,10 +232,16 @@ def run(
     rules: Chosen = "",
     language: Language = "",
     labels_: Labels = "",
+    judge: Judge = None,
+    most: Most = None,
+    least: Least = None,
     passage: Passage = 0,
     threshold: Threshold = 0.7,
     unit: Unit = "word",
     ngram: Ngram = 5,
+    embedder: Embedder = None,
+    cosine: Cosine = COSINE,
+    groups: Groups = 0,
     against: Against = None,
     tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
     kind: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
@@ -135,10 +254,13 @@ def run(
 
     screens, wanted_labels, shares = chosen(rules, language), labels(labels_), parsed(split)
     alike = how(threshold, unit, ngram) if threshold else None
+    scorer = judged(judge, most, least)
     for name in against or []:
         corpus.list_files(name)
     if passage:
         check_passages(passage)
+    if embedder:
+        check_semantic(embedder, cosine, groups)
     if tokenizer:
         TextTokenizer.load(tokenizer)
 
@@ -150,10 +272,11 @@ def run(
                 steps.append((name, act(steps[-1][1], output / "steps" / name)))
 
         then("screen", screens or wanted_labels, lambda a, b: screening(a, b, team, screens, wanted_labels))
+        then("perplexity", scorer, lambda a, b: drop_strange(a, b, team, scorer, most, least))
         then("exact", True, lambda a, b: drop_exact(a, b, team))
         then("passages", passage, lambda a, b: cut_passages(a, b, team, passage))
-        if alike:
-            then("near", True, lambda a, b: drop_near(a, b, team, alike))
+        then("near", alike, lambda a, b: drop_near(a, b, team, alike))
+        then("semantic", embedder, lambda a, b: drop_semantic(a, b, team, embedder, cosine, groups))
         then("decontaminate", against, lambda a, b: clean_of(a, b, team, against or []))
         show(steps)
         err.print(f"report: {write_report(steps, output)}")
@@ -186,6 +309,35 @@ def screen(
 
 
 @app.command()
+def perplexity(
+    documents: Before,
+    output: Out,
+    scorer: Annotated[Path, typer.Option("--run", help="Output folder of a finished causal run.")],
+    most: Most = None,
+    least: Least = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Drop what a trained model finds too strange or too easy; without bounds only tell the distribution."""
+    check_bounds(most, least)
+    asked = Judged.of(scorer)
+
+    def do(team: Workers) -> None:
+        found = drop_strange(Folder(documents), output, team, asked, most, least)
+        show([("perplexity", found)])
+        err.print(spread(found.report["bits_per_byte"]))
+
+    together(jobs, do)
+
+
+def spread(quantiles: dict[str, dict[str, float]]) -> Table:
+    """Bits per byte by the share of documents that have less."""
+    table = Table("documents", *quantiles, title="bits per byte")
+    for share in quantiles["before"]:
+        table.add_row(share, *(f"{row.get(share, float('nan')):.3f}" for row in quantiles.values()))
+    return table
+
+
+@app.command()
 def exact(documents: Before, output: Out, jobs: Jobs = 1) -> None:
     """Drop all but the first of equal documents."""
     together(jobs, lambda team: show([("exact", drop_exact(Folder(documents), output, team))]))
@@ -206,6 +358,28 @@ def near(
     """Drop all but the first of documents that are nearly the same (MinHash-LSH, verified)."""
     asked = how(threshold, unit, ngram)
     together(jobs, lambda team: show([("near", drop_near(Folder(documents), output, team, asked))]))
+
+
+@app.command()
+def semantic(
+    documents: Before,
+    output: Out,
+    model: Annotated[Path, typer.Option(help="Folder of a sentence embedding model, such as all-MiniLM-L6-v2.")],
+    cosine: Cosine = COSINE,
+    groups: Groups = 0,
+    jobs: Jobs = 1,
+) -> None:
+    """Drop all but the first of documents that say the same (SemDeDup, needs transformers); tell what other thresholds drop."""
+
+    def do(team: Workers) -> None:
+        found = drop_semantic(Folder(documents), output, team, model, cosine, groups)
+        show([("semantic", found)])
+        dropped = found.report["would_drop"]
+        table = Table("cosine", *dropped)
+        table.add_row("would drop", *map(str, dropped.values()))
+        err.print(table)
+
+    together(jobs, do)
 
 
 @app.command()
