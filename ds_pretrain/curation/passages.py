@@ -150,7 +150,7 @@ def _length(row: Row) -> int:
 
 def _repeated(paths: _Paths, every: list[Path], count: int, number: int) -> None:
     hashes = runs.bucket(every, number, count)
-    runs.save(paths.repeated(number), np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+    runs.save(paths.repeated(number), runs.once(hashes[1:][hashes[1:] == hashes[:-1]]))
 
 
 def _known(repeated: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +163,7 @@ def _known(repeated: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _locate(paths: _Paths, words: int, part: Path) -> None:
     """Which of the repeated passages a part has."""
-    _, places = _known(runs.load(paths.all_repeated), np.unique(runs.load(paths.hashes(part))))
+    _, places = _known(runs.load(paths.all_repeated), runs.once(runs.load(paths.hashes(part))))
     runs.save(paths.present(part), places)
 
 

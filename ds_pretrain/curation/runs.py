@@ -68,6 +68,11 @@ def copies(entries: np.ndarray) -> np.ndarray:
     return np.stack([entries["number"][at] for at in (first, later - 1, later)], axis=1)
 
 
+def once(ordered: np.ndarray) -> np.ndarray:
+    """Sorted values, each once."""
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+
+
 def distinct(pairs: np.ndarray) -> np.ndarray:
     """The rows of an [n, 2] array, sorted and each once."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
