@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -100,7 +101,7 @@ def together(jobs: int, do: Callable[[Workers], None]) -> None:
 
 def chosen(rules: str, language: str) -> list[Rules]:
     named = [RULES[name]() for name in rules.split(",") if name]
-    return [*named, *([Languages(keep=tuple(language.split(",")))] if language else [])]
+    return [*named, *([Languages(keep=tuple(code.strip() for code in language.split(",")))] if language else [])]
 
 
 def labels(text: str) -> list[Label]:
@@ -256,7 +257,8 @@ def run(
     alike = how(threshold, unit, ngram) if threshold else None
     scorer = judged(judge, most, least)
     for name in against or []:
-        corpus.list_files(name)
+        if not name.startswith(("datasets:", "embedded")):
+            corpus.list_files(name)
     if passage:
         check_passages(passage)
     if embedder:
@@ -419,7 +421,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
-        err.print(f"[bold red]error:[/] {error}")
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
 
 

@@ -33,6 +33,10 @@ def decontaminate(before: Folder, out: Path, workers: Workers, against: Sequence
 
     def do(work: Work) -> dict[str, Any]:
         known, short = _known(against, grams)
+        if not len(known):
+            raise ValueError(
+                f"no text of {', '.join(against)} has {words} words, so nothing can be found by them: ask for fewer"
+            )
         path = work.folder / "work" / "known.npy"
         runs.save(path, known)
         cleans = partial(_clean, work.folder, path, grams)
@@ -57,6 +61,7 @@ def _clean(folder: Path, known: Path, grams: Grams, part: Path) -> None:
 def _cleaned(part: Path, known: np.ndarray, grams: Grams) -> Iterator[Row | Dropped]:
     for rows in batches(read_part(part), lambda row: len(row.text)):
         found = grams.of([row.text for row in rows])
-        dirty = set(found.text[found.whole & np.isin(found.hash, known)].tolist())
+        chosen, _ = runs.among(known, found.hash[found.whole])
+        dirty = set(found.text[found.whole][chosen].tolist())
         for number, row in enumerate(rows):
             yield Dropped(row, "contaminated") if number in dirty else row

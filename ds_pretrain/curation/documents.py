@@ -13,11 +13,13 @@ there is whole. The price: text is copied by every step (zstd makes that a third
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ from ds_pretrain.curation.workers import Workers
 VERSION = 1
 ROW_GROUP = 8 << 20
 """Characters of text that are in memory at once."""
+LOCK = "lock"
 SHIFT = 32
 """Bits of a document's number that count inside its part."""
 U = TypeVar("U")
@@ -99,6 +102,8 @@ class _Table:
                 self._flush()
             self._file.close()
             if kind is None:
+                with self._beside.open("rb") as written:
+                    os.fsync(written.fileno())
                 os.replace(self._beside, self.path)
         finally:
             self._beside.unlink(missing_ok=True)
@@ -147,19 +152,24 @@ class Folder:
 
     @property
     def parts(self) -> list[Path]:
-        return sorted((self.path / "kept").glob("part-*.parquet"))
+        return sorted((self.path / "kept").glob("part-*.parquet"), key=number_of)
 
     @property
     def report(self) -> dict[str, Any]:
         """The report. ValueError where there is none, or the parts are not those that it counted."""
         try:
             report = json.loads((self.path / "report.json").read_bytes())
-        except (OSError, ValueError):
+            wanted, _ = report["files"], report["request"]
+        except (OSError, ValueError, KeyError, TypeError):
             unfinished = self.path.with_name(self.path.name + ".unfinished").exists()
-            hint = "its step was stopped: run it again, it goes on" if unfinished else "run the step that makes it"
+            hint = "its step was stopped: run it again, it goes on" if unfinished else "expected what a step has made"
             raise ValueError(f"{self.path} holds no finished documents ({hint})") from None
-        if len(self.parts) != report["parts"]:
-            raise ValueError(f"{self.path / 'kept'} has {len(self.parts)} parts, report.json counts {report['parts']}")
+        if (there := _sizes(self.path)) != wanted:
+            wrong = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
+            raise ValueError(
+                f"{self.path / 'kept'} is not what its report.json counts ({wrong[0]} has {there.get(wrong[0], 'no')} bytes "
+                f"instead of {wanted.get(wrong[0], 'none')}): remove {self.path} and run its step again"
+            )
         return report
 
     def rows(self) -> Iterator[Row]:
@@ -167,10 +177,15 @@ class Folder:
             yield from read_part(path)
 
     def dropped(self) -> Iterator[Dropped]:
-        for path in sorted((self.path / "dropped").glob("part-*.parquet")):
-            file = pq.ParquetFile(path)
-            for group in range(file.num_row_groups):
-                yield from _dropped(file.read_row_group(group).to_pydict())
+        for path in sorted((self.path / "dropped").glob("part-*.parquet"), key=number_of):
+            yield from read_dropped(path)
+
+
+def read_dropped(path: Path) -> Iterator[Dropped]:
+    """The documents of one dropped part, a row group at a time."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        yield from _dropped(file.read_row_group(group).to_pydict())
 
 
 def _dropped(columns: Mapping[str, list[Any]]) -> Iterator[Dropped]:
@@ -206,48 +221,80 @@ def step(
 ) -> Folder:
     """Run a step, or find that its very result is there. do: writes all parts and tells what else belongs into the report.
 
-    ValueError if `out` was made by another step, from other documents or with other settings.
+    ValueError if `out` was made by another step, from other documents or with other settings, or is being made.
     """
     told = before.report if before else {}
     request = {"step": name, "version": VERSION, "asked": _plain(asked), "before": told.get("digest", "")}
     done = Folder(out)
     if out.exists():
         if (was := done.report["request"]) != request:
-            changed = ", ".join(f"{key}: {was.get(key)} -> {value}" for key, value in request.items() if was.get(key) != value)
-            raise ValueError(f"{out} was made by other means ({changed}): choose another folder, or remove it")
+            raise ValueError(f"{out} was made by other means ({_differing(was, request)}): choose another folder, or remove it")
         return done
     building = _begun(out, request)
-    try:
-        extra = do(Work(name, building, before, workers))
-    except OSError as error:
-        raise OSError(
-            f"{name} was stopped in {building}: {error}. Finished parts are kept: if the disk is full, make room, then run the "
-            "same command again"
-        ) from error
-    counts = workers.map(f"{name}: count", _counted, [building / "kept" / path.name for path in Folder(building).parts])
-    report = _summed(counts) | dict(extra) | {"request": request, "digest": _digest(request, counts)}
-    _write(building / "report.json", report)
-    shutil.rmtree(building / "work", ignore_errors=True)
-    for left in building.rglob("*.tmp"):  # by a worker that was killed
-        left.unlink()
-    building.rename(out)
+    with _alone(building):
+        if not (building / "report.json").exists():
+            _made(Work(name, building, before, workers), request, do)
+        shutil.rmtree(building / "work", ignore_errors=True)
+        for left in building.rglob("*.tmp"):  # by a worker that was killed
+            left.unlink()
+        (building / LOCK).unlink()
+        building.rename(out)
     return done
 
 
+def _made(work: Work, request: Mapping[str, Any], do: Callable[[Work], Mapping[str, Any]]) -> None:
+    """Do the work and write the report."""
+    try:
+        extra = do(work)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):  # numpy gives none
+            raise
+        told = f"{work.name} stopped in {work.folder}: {error}. Make room there and run the same command again"
+        raise OSError(error.errno or errno.ENOSPC, f"{told}: finished parts are kept") from error
+    counts = work.workers.map(f"{work.name}: count", _counted, Folder(work.folder).parts)
+    report = _summed(counts) | dict(extra) | {"request": request, "digest": _digest(request, counts)}
+    _write(work.folder / "report.json", report | {"files": _sizes(work.folder)})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in Folder(folder).parts}
+
+
 def _begun(out: Path, request: Mapping[str, Any]) -> Path:
-    """The unfinished folder of this request, as far as it got; one of another request is emptied."""
+    """The unfinished folder of this request, as far as it got."""
     building = out.with_name(out.name + ".unfinished")
     mark = building / "request.json"
-    if not mark.exists() or json.loads(mark.read_bytes()) != request:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+    if mark.exists() and (was := json.loads(mark.read_bytes())) != request:
+        raise ValueError(
+            f"{building} was begun by other means ({_differing(was, request)}): ask for the same again, or remove it"
+        )
+    building.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
         _write(mark, request)
     return building
 
 
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {was.get(key)} -> {value}" for key, value in now.items() if was.get(key) != value)
+
+
+@contextmanager
+def _alone(building: Path) -> Iterator[None]:
+    """ValueError if another process works here; its lock ends with it, however it ends."""
+    with (building / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {building}: wait for it") from None
+        yield
+
+
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)
 
 
@@ -263,10 +310,9 @@ def _counted(kept: Path) -> dict[str, Any]:
         data = row.text.encode()
         digest.update(f"{row.number} {row.language} {row.tier} {len(data)}\n".encode() + data)
         documents, size = documents + 1, size + len(data)
-    table = pq.read_table(kept.parent.parent / "dropped" / kept.name, columns=["reason", "text"])
-    for reason in table["reason"].to_pylist():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    lost = sum(len(text.encode()) for text in table["text"].to_pylist())
+    for each in read_dropped(kept.parent.parent / "dropped" / kept.name):
+        reasons[each.reason] = reasons.get(each.reason, 0) + 1
+        lost += len(each.row.text.encode())
     return {"documents": documents, "bytes": size, "dropped": reasons, "dropped_bytes": lost, "digest": digest.hexdigest()}
 
 

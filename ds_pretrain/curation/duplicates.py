@@ -9,6 +9,7 @@ with the first and with its neighbour, not with all.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import xxhash
 
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Row, Work, number_of, read_group, read_part, step, write_part
-from ds_pretrain.curation.minhash import MinHash, estimate
+from ds_pretrain.curation.minhash import MinHash, estimate, jaccard
 from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
 
@@ -91,10 +92,12 @@ def _all(paths: _Paths, what: str, numbers: Iterable[int]) -> np.ndarray:
 
 
 def _hash(paths: _Paths, part: Path) -> None:
-    digests = [(row.number, xxhash.xxh3_128_intdigest(" ".join(row.text.split()).encode())) for row in read_part(part)]
-    numbers = np.array([number for number, _ in digests], dtype=np.int64)
-    low, high = (np.array([d >> shift & (1 << 64) - 1 for _, d in digests], dtype=np.uint64) for shift in (0, 64))
-    runs.save(paths.run(part), runs.run(low, high, numbers))
+    numbers, digests = array("q"), bytearray()
+    for row in read_part(part):
+        numbers.append(row.number)
+        digests += xxhash.xxh3_128_digest(" ".join(row.text.split()).encode())
+    keys = np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
+    runs.save(paths.run(part), runs.run(keys[:, 0], keys[:, 1], np.frombuffer(numbers, dtype=np.int64)))
 
 
 def _equal(paths: _Paths, count: int, number: int) -> None:
@@ -132,7 +135,7 @@ def _verify(paths: _Paths, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     wanted = np.unique(pairs)
     grams = dict(_hashed(paths, how, wanted))
     signatures = {int(each["number"]): each["signature"] for part in paths.parts for each in _signed(paths, part, wanted)}
-    made = [(a, b, how.jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
+    made = [(a, b, jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
     runs.save(paths.of("verified", number), np.array(made, dtype=PAIR))
 
 
@@ -160,7 +163,8 @@ def _rows(paths: _Paths, wanted: np.ndarray) -> Iterator[Row]:
         for group in range(file.num_row_groups):
             span = file.metadata.row_group(group).column(0).statistics
             if span is not None and np.searchsorted(wanted, span.min) < np.searchsorted(wanted, span.max, side="right"):
-                mine = set(wanted[np.searchsorted(wanted, span.min) :].tolist())
+                low, high = np.searchsorted(wanted, span.min), np.searchsorted(wanted, span.max, side="right")
+                mine = set(wanted[low:high].tolist())
                 yield from (row for row in read_group(file, group) if row.number in mine)
 
 

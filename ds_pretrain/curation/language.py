@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ds_pretrain.core.registry import unknown
 from ds_pretrain.curation.quality import RULES, Page, Rules
 
 HEAD = 1 << 14
@@ -39,6 +40,9 @@ class Languages(Rules):
     def __post_init__(self) -> None:
         if isinstance(self.keep, str) or not self.keep:
             raise ValueError(f"Languages: keep must be a list of codes, got {self.keep!r}: write ('en',)")
+        known = [str(code) for code in _model().nb_classes]
+        if strange := [code for code in self.keep if code not in known]:
+            raise ValueError(unknown("language", strange[0], known))
         if not 0 <= self.least <= 1:
             raise ValueError(f"Languages: least must be a probability between 0 and 1, got {self.least}")
 

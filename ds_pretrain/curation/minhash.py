@@ -9,7 +9,7 @@ so their estimates vary more; every pair found is compared by its true n-grams b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
@@ -18,6 +18,10 @@ import numpy as np
 from ds_pretrain.curation.shingles import Grams, mixed
 
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+FEW = 8
+"""Full bins up to which they are looked up in the orders of the empty ones."""
+AT_ONCE = 512
+"""Texts whose empty bins are filled at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +73,17 @@ class MinHash:
         weight = mixed(np.arange(1, self.rows + 1, dtype=np.uint64)) | np.uint64(1)
         return mixed((mixed(used + np.uint64(1)) * weight).sum(axis=2, dtype=np.uint64))
 
-    def jaccard(self, one: np.ndarray, other: np.ndarray) -> float:
-        """True similarity of two texts from their sorted distinct n-grams."""
-        common = len(np.intersect1d(one, other, assume_unique=True))
-        union = len(one) + len(other) - common
-        return common / union if union else 0.0
-
 
 def found_by(similarity: float | np.ndarray, bands: int, rows: int) -> np.ndarray:
     """With what probability some band of `rows` bins agrees in all of them."""
     return 1 - (1 - np.asarray(similarity, dtype=np.float64) ** rows) ** bands
+
+
+def jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    """True similarity of two texts from their sorted distinct n-grams."""
+    common = len(np.intersect1d(one, other, assume_unique=True))
+    union = len(one) + len(other) - common
+    return common / union if union else 0.0
 
 
 def estimate(one: np.ndarray, other: np.ndarray) -> float:
@@ -87,26 +92,41 @@ def estimate(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _densified(least: np.ndarray) -> np.ndarray:
-    """Every empty bin filled from the first full one of those it tries."""
-    full = least != EMPTY
-    filled = least.copy()
-    text, at = np.nonzero(~full & full.any(axis=1, keepdims=True))
-    turn = 0
-    while len(text):
-        source = _tries(least.shape[1], turn)[:, at]
-        hits = full[text, source]
-        hit, first = hits.any(axis=0), hits.argmax(axis=0)
-        chosen = source[first, np.arange(len(at))][hit]
-        # What is borrowed is changed by the bin that borrows, or bins that borrow from one would all agree at once.
-        filled[text[hit], at[hit]] = mixed(least[text[hit], chosen] + at[hit].astype(np.uint64))
-        text, at = text[~hit], at[~hit]
-        turn += 1
+    """Every empty bin filled from the full one that comes first in its order of all bins."""
+    full, bins = least != EMPTY, least.shape[1]
+    filled, count = least.copy(), full.sum(axis=1)
+    for few in range(1, FEW + 1):  # full ones are looked up in each order
+        for texts in _chunks(np.flatnonzero(count == few)):
+            known = np.nonzero(full[texts])[1].reshape(len(texts), few)
+            first = _orders(bins)[1][:, known].argmin(axis=2)  # [bins, texts]
+            text, at = np.nonzero(~full[texts])
+            _borrow(filled, least, texts[text], at, known[text, first[at, text]])
+    for texts in _chunks(np.flatnonzero((count > FEW) & (count < bins))):  # each order is walked until a full one comes
+        text, at = np.nonzero(~full[texts])
+        text = texts[text]
+        for turn in range(bins):
+            source = _orders(bins)[0][at, turn]
+            hit = full[text, source]
+            _borrow(filled, least, text[hit], at[hit], source[hit])
+            text, at = text[~hit], at[~hit]
+            if not len(text):
+                break
     return filled
 
 
+def _borrow(filled: np.ndarray, least: np.ndarray, text: np.ndarray, at: np.ndarray, source: np.ndarray) -> None:
+    """What is borrowed is changed by the bin that borrows, or bins that borrow from one would all agree at once."""
+    filled[text, at] = mixed(least[text, source] + at.astype(np.uint64))
+
+
+def _chunks(texts: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(texts), AT_ONCE):
+        yield texts[start : start + AT_ONCE]
+
+
 @cache
-def _tries(bins: int, turn: int) -> np.ndarray:
-    """int64 [2 ** min(turn, 5), bins]: where each bin looks, one after the other, the same for all texts."""
-    tries = 1 << min(turn, 5)
-    numbers = np.arange(tries * bins, dtype=np.uint64).reshape(tries, bins) + np.uint64(turn << 32)
-    return (mixed(mixed(numbers) + np.uint64(1)) % np.uint64(bins)).astype(np.int64)
+def _orders(bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """int16 [bins, bins] each: the order in which each bin asks all bins, and the place of each bin in it; for all texts."""
+    keys = mixed(mixed(np.arange(bins * bins, dtype=np.uint64)) + np.uint64(1)).reshape(bins, bins)
+    order = keys.argsort(axis=1)
+    return order.astype(np.int16), order.argsort(axis=1).astype(np.int16)

@@ -2,7 +2,7 @@
 
 A passage is a run of `words` words (case, punctuation and space aside) that occurs again, in another document or the same;
 overlapping ones are cut as one. That is ExactSubstr of Lee et al. 2022 (50 tokens) on words and by 64-bit hashes instead of a
-suffix array: three walks over the text, 8 bytes on disk per word between them, and memory that holds what is repeated only. The
+suffix array: three walks over the text, 8 bytes on disk per word between them, memory for a part and what is repeated. The
 price: a passage that is cut leaves the text before and after it as neighbours, as theirs does, here with a line end between.
 
     walk 1  the distinct hashes of each part, sorted     -> which occur twice (`runs`)
@@ -31,6 +31,8 @@ WORDS = 50
 """Words of a passage at least."""
 SHOWN = 20
 """Passages that the report shows."""
+REMEMBERED = 1000
+"""Passages of a part among which those that all parts show are found."""
 LENGTH = 200
 """Characters that it shows of each."""
 ALL = "repeated passages only"
@@ -153,17 +155,9 @@ def _repeated(paths: _Paths, every: list[Path], count: int, number: int) -> None
     runs.save(paths.repeated(number), runs.once(hashes[1:][hashes[1:] == hashes[:-1]]))
 
 
-def _known(repeated: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of these hashes are repeated ones, and where those stand in their list."""
-    place = np.searchsorted(repeated, hashes)
-    place = np.minimum(place, max(0, len(repeated) - 1))
-    chosen = np.flatnonzero(repeated[place] == hashes) if len(repeated) else np.zeros(0, np.int64)
-    return chosen, place[chosen]
-
-
 def _locate(paths: _Paths, words: int, part: Path) -> None:
     """Which of the repeated passages a part has."""
-    _, places = _known(runs.load(paths.all_repeated), runs.once(runs.load(paths.hashes(part))))
+    _, places = runs.among(runs.load(paths.all_repeated), runs.once(runs.load(paths.hashes(part))))
     runs.save(paths.present(part), places)
 
 
@@ -185,12 +179,12 @@ def _cut(paths: _Paths, words: int, part: Path) -> None:
 
 
 def _tell(path: Path, cut: Counter[str]) -> None:
-    path.write_text(json.dumps(cut), "utf-8")
+    path.write_text(json.dumps([cut.total(), dict(cut.most_common(REMEMBERED))]), "utf-8")
 
 
 def _without(rows: list[Row], paths: _Paths, words: int, seen: np.ndarray, cut: Counter[str]) -> Iterator[Row | Dropped]:
     found = _grams(rows, words)
-    chosen, place = _known(runs.load(paths.all_repeated), found.hash)
+    chosen, place = runs.among(runs.load(paths.all_repeated), found.hash)
     _, first = np.unique(place, return_index=True)
     again = seen[place]
     again[np.setdiff1d(np.arange(len(place)), first)] = True
@@ -228,7 +222,9 @@ def _shortened(row: Row, spans: Sequence[_Span], cut: Counter[str]) -> Row | Dro
 
 def _evidence(paths: _Paths) -> dict[str, Any]:
     """How often something was cut, and the beginnings of what was cut most often."""
-    cut: Counter[str] = Counter()
+    total, often = 0, Counter[str]()
     for part in paths.parts:
-        cut.update(json.loads(paths.cut(part).read_text("utf-8")))
-    return {"cut": cut.total(), "passages": [[text, times] for text, times in cut.most_common(SHOWN)]}
+        count, some = json.loads(paths.cut(part).read_text("utf-8"))
+        total += count
+        often.update(some)
+    return {"cut": total, "passages": [[text, times] for text, times in often.most_common(SHOWN)]}

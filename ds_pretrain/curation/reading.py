@@ -8,6 +8,7 @@ line feeds, and control characters go. The price: one file is one worker's, so a
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -21,11 +22,11 @@ from ds_pretrain.curation.documents import SHIFT, Folder, Row, Work, step, write
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data import corpus
 from ds_pretrain.data.corpus import Ledger
-from ds_pretrain.data.prepare import check_repeated
+from ds_pretrain.data.prepare import check_repeated, fingerprint
 
 PART = 32 << 20
 """Bytes of files that one part takes before the next begins."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Part:
     source: str
     files: tuple[str, ...] = ()
 
+    def state(self) -> list[Any]:
+        """What changes when the files do; of an embedded corpus the version of Python."""
+        if not self.files:
+            return [fingerprint(self.source)]
+        stats = [os.stat(file) for file in self.files]
+        return [[_shown(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
+
 
 def read(sources: Sequence[str], out: Path, workers: Workers, text_field: str = "text") -> Folder:
     """Sources (see `data.corpus`) to documents."""
@@ -43,7 +51,7 @@ def read(sources: Sequence[str], out: Path, workers: Workers, text_field: str = 
         raise ValueError("no source given: name a file, a folder, datasets:NAME or embedded")
     check_repeated(sources)
     found = parts(sources)
-    asked = {"sources": [[part.source, *((file, Path(file).stat().st_size) for file in part.files)] for part in found]}
+    asked = {"sources": [[part.source, *part.state()] for part in found]}
 
     def do(work: Work) -> dict[str, Any]:
         reads = partial(_read, work.folder, text_field)
@@ -88,7 +96,14 @@ def _read(folder: Path, text_field: str, part: Part) -> None:
     quarantine.parent.mkdir(exist_ok=True)
     quarantine.unlink(missing_ok=True)  # of an attempt that was stopped
     ledger = Ledger(quarantine)
-    write_part(folder, part.number, _rows(part, ledger, text_field), lambda: _account(folder, part, ledger))
+    before = part.state()
+
+    def account() -> None:
+        if part.state() != before:
+            raise ValueError(f"{part.files[0]} or a file near it changed while it was read: run the same command again")
+        _account(folder, part, ledger)
+
+    write_part(folder, part.number, _rows(part, ledger, text_field), account)
 
 
 def _rows(part: Part, ledger: Ledger, text_field: str) -> Iterator[Row]:
@@ -97,23 +112,47 @@ def _rows(part: Part, ledger: Ledger, text_field: str) -> Iterator[Row]:
         if part.files
         else corpus.read(part.source, ledger, text_field)
     )
-    for place, each in enumerate(documents):
-        yield Row((part.number << SHIFT) + place, normalised(each.text), each.source, each.file, each.line)
+    place = part.number << SHIFT
+    for each in documents:
+        text, file = normalised(each.text), _shown(each.file)
+        if text.strip():
+            yield Row(place, text, each.source, file, each.line)
+            place += 1
+        else:
+            ledger.kept[each.source] -= 1
+            ledger.refuse(file, each.line, "empty", each.text)
+
+
+def _shown(file: str) -> str:
+    """The name of a file, spelled out where it is no UTF-8."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def _account(folder: Path, part: Part, ledger: Ledger) -> None:
     """What the ledger has of a part, beside it until the report is made."""
-    content = {"refused": ledger.refused, "inputs": ledger.inputs, "licences": ledger.licences, "notes": ledger.notes}
+    kept = ledger.kept.total()
+    content = {
+        "kept": kept,
+        "refused": ledger.refused,
+        "inputs": ledger.inputs,
+        "licences": ledger.licences,
+        "notes": ledger.notes,
+    }
     (folder / "work").mkdir(exist_ok=True)
     (folder / "work" / f"account-{part.number:05d}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _accounts(folder: Path, found: Sequence[Part]) -> dict[str, Any]:
     """All of them together. ValueError if a source has no document at all."""
-    refused, notes = Counter[str](), list[str]()
+    refused, notes, kept = Counter[str](), list[str](), Counter[str]()
     licences, inputs = dict[str, str](), dict[str, str]()
     for part in found:
         told = json.loads((folder / "work" / f"account-{part.number:05d}.json").read_bytes())
         refused.update(told["refused"])
+        kept[part.source] += told["kept"]
         licences, inputs, notes = licences | told["licences"], inputs | told["inputs"], notes + told["notes"]
+    if empty := [part.source for part in found if not kept[part.source]]:
+        raise ValueError(f"no document in {empty[0]} (quarantined: {dict(refused) or 'nothing'}); is the text field right?")
+    for source in dict.fromkeys(part.source for part in found if part.files):
+        notes += corpus.passed_over(source, corpus.list_files(source))
     return {"quarantined": dict(refused), "licences": licences, "sha256": inputs, "notes": notes}

@@ -77,6 +77,9 @@ def _section(name: str, folder: Folder) -> str:
     for what in ("quarantined", "dropped", "broken", "lines", "languages", "tiers", "clusters"):
         if counts := report.get(what):
             parts.append(f"**{what}** " + ", ".join(f"{key} {count:,}" for key, count in counts.items()))
+    for what in ("benchmark_ngrams", "benchmark_too_short", "candidates", "passed", "cut"):
+        if what in report:
+            parts.append(f"**{what}** {report[what]:,}")
     parts += [f"**{text!r}** cut {times} times" for text, times in report.get("passages", [])[:EXAMPLES]]
     parts += [_example(folder, each) for found in _examples(folder.dropped()).values() for each in found]
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""What is equal in all parts of a corpus, in memory that does not grow with it.
+"""What is equal in all parts of a corpus, in memory that grows with the largest part and not with the corpus.
 
 Each part writes its keys sorted (a run). The range of all keys is cut into buckets, and a bucket takes its slice of every
 run, so equal keys meet in one bucket whatever part they are of; buckets are independent units of work. How many there are
@@ -71,6 +71,15 @@ def copies(entries: np.ndarray) -> np.ndarray:
 def once(ordered: np.ndarray) -> np.ndarray:
     """Sorted values, each once."""
     return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+
+
+def among(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these values are among the sorted ones, and where those stand."""
+    if not len(ordered):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    chosen = np.flatnonzero(ordered[place] == values)
+    return chosen, place[chosen]
 
 
 def distinct(pairs: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ COUNTED = ("broken", "lines", "languages", "tiers")
 
 def screening(before: Folder, out: Path, workers: Workers, rules: Sequence[Rules] = (), label: Sequence[Label] = ()) -> Folder:
     """Documents that break none of these rules. label: what is written down of those that stay."""
-    asked = {"rules": {type(each).__name__: asdict(each) for each in rules}, "label": list(label)}  # type: ignore[call-overload]
+    asked = {"rules": [[type(each).__name__, asdict(each)] for each in rules], "label": list(label)}  # type: ignore[call-overload]
 
     def do(work: Work) -> dict[str, Any]:
         screens = partial(_screen, work.folder, tuple(rules), tuple(label))

@@ -1,6 +1,6 @@
 """Texts to the hashes of their n-grams, many texts at once, in numpy alone.
 
-A unit is a word (a run of letters, digits and non-ASCII bytes; ASCII letters in lower case, the rest separates) or a
+A unit is a word (what lies between spaces, punctuation and symbols of any script; ASCII letters in lower case) or a
 character. The hash of a unit is a polynomial of random numbers for its bytes, read off two prefix sums modulo 2^64 (Karp and
 Rabin 1987), so no loop runs over texts or words. The price: only ASCII is put in lower case, and words of scripts without
 spaces are as long as their sentences: take characters there.
@@ -10,6 +10,8 @@ Suffixes: B bytes, W units, N n-grams.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -67,7 +69,7 @@ class Grams:
             raise ValueError(f"n must be at least 1, got {self.n}")
 
     def units(self, texts: Sequence[str]) -> Units:
-        raw = [text.encode("utf-8", "surrogatepass") for text in texts]
+        raw = [_spaced(text).encode("utf-8", "surrogatepass") for text in texts]
         bytes_b = np.frombuffer(b"\0" + b"\0".join(raw) + b"\0", dtype=np.uint8)
         first = 1 + np.cumsum([0, *(len(each) + 1 for each in raw[:-1])])
         inside_b = (_CLASS > 0)[bytes_b]
@@ -115,6 +117,11 @@ def mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _spaced(text: str) -> str:
+    """The text with spaces for what is no part of a word beyond ASCII, as many as it has bytes."""
+    return text if text.isascii() else _BETWEEN.sub(lambda found: " " * len(found[0].encode()), text)
+
+
 def _edges(inside_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First bytes of words, and the bytes after their last."""
     change = np.flatnonzero(inside_b[1:] != inside_b[:-1]) + 1
@@ -143,24 +150,30 @@ def _weight(k: int) -> np.uint64:
 
 
 def _powers(count: int) -> np.ndarray:
-    return _series(int(BASE), _room(count))[:count]
+    return _series(int(BASE), count)
 
 
 def _inverses(count: int) -> np.ndarray:
-    return _series(pow(int(BASE), -1, 1 << 64), _room(count))[:count]
+    return _series(pow(int(BASE), -1, 1 << 64), count)
 
 
-def _room(count: int) -> int:
-    return max(2 * BATCH, 1 << (count - 1).bit_length())
+def _series(base: int, count: int) -> np.ndarray:
+    """1, base, base^2 ... modulo 2^64; kept for texts of usual lengths."""
+    return _usual(base)[:count] if count <= 2 * BATCH else _computed(base, count)
 
 
 @cache
-def _series(base: int, count: int) -> np.ndarray:
-    """1, base, base^2 ... modulo 2^64."""
+def _usual(base: int) -> np.ndarray:
+    return _computed(base, 2 * BATCH)
+
+
+def _computed(base: int, count: int) -> np.ndarray:
     factors = np.full(count, base, dtype=np.uint64)
     factors[0] = 1
     return np.cumprod(factors, dtype=np.uint64)
 
 
+_OTHERS = "".join(c for c in map(chr, range(0x80, 0x10000)) if unicodedata.category(c)[0] in "PSZ")
+_BETWEEN = re.compile(f"[{re.escape(_OTHERS)}]+")
 _CLASS = _classes()
 _WEIGHTS = mixed(np.arange(1, 65, dtype=np.uint64)) | np.uint64(1)

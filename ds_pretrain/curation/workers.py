@@ -66,8 +66,12 @@ def workers(jobs: int, quiet: bool = False) -> Iterator[Workers | None]:
 
 def _ranks() -> int:
     """Ranks of this MPI job; 1 outside of one."""
-    told = (os.environ.get(name) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    count = int(next((value for value in told if value), 1))
-    if count > 1 and "mpi4py" not in sys.modules:
+    if "mpi4py" in sys.modules:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD.size
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    count = int(next((value for name in names if (value := os.environ.get(name))), 1))
+    if count > 1:
         raise RuntimeError("start as `mpirun -n N python -m mpi4py ...`: else an error on one rank leaves the others hanging")
     return count

@@ -21,7 +21,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -110,7 +110,7 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
         yield from _dataset(name, ledger, text_field)
     else:
         files = list_files(source)
-        ledger.notes += _passed_over(Path(source), files)
+        ledger.notes += passed_over(source, files)
         for path in files:
             yield from read_file(path, name, ledger, text_field)
     if ledger.kept.total() == before:
@@ -148,9 +148,9 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (Path(inner, name) for name in names)
 
 
-def _passed_over(source: Path, files: list[Path]) -> list[str]:
+def passed_over(source: str | Path, files: Sequence[Path]) -> list[str]:
     """A note on the files of a folder whose names say that they are no text, if there are any."""
-    others = set(_below(source)).difference(files) if source.is_dir() else set()
+    others = set(_below(Path(source))).difference(files) if Path(source).is_dir() else set()
     kinds = Counter(path.suffix or path.name for path in others).most_common(4)
     return [f"{source}: {len(others)} files of other kinds passed over ({', '.join(k for k, _ in kinds)})"] * bool(others)
 

@@ -1,9 +1,9 @@
 """Rows from several prepared folders, by weight: a domain with replay of general text, languages, tiers of quality.
 
 Which folder gives a row is a function of the row's number alone: the number times the golden ratio, modulo 1, falls into some
-folder's share of [0, 1). So every stretch of rows has the wanted shares within a row or two per folder, and nothing is stored
-but one cursor per folder. Weights may therefore change when a run goes on: no folder skips or repeats a piece. The price: the
-folders themselves must stay the same; one that shall come in later is named from the start, with a weight of 0.
+folder's share of [0, 1). So every stretch of rows has the wanted shares within some five rows per folder, and nothing is
+stored but one cursor per folder. Weights may therefore change when a run goes on: no folder skips or repeats a piece. The
+price: the folders themselves must stay the same; one that shall come in later is named from the start, with a weight of 0.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset, Row
+from ds_pretrain.data.prepare import check_repeated
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import Objective
 
@@ -48,6 +49,7 @@ class MixedDataset:
 
     def __init__(self, main: PretrainingDataset, weights: Mapping[str, float], by: Shares = "tokens") -> None:
         check_weights(weights)
+        check_repeated(list(weights))
         self.main, self.by = main, by
         self.weights = dict(sorted(weights.items()))
         self.folders = [self._open(name) for name in self.weights]

@@ -86,9 +86,10 @@ def test_a_host_that_dies_is_told_and_the_next_run_goes_on_to_the_same_bytes(sou
         deadline = time.monotonic() + 60
         while not list(unfinished.glob("part-?????.parquet")) and time.monotonic() < deadline:
             time.sleep(0.02)
+        begun = list(unfinished.glob("part-?????.parquet"))
         own.crash("host2")
         told, _ = process.communicate(timeout=60)
-        assert "lost communication" in told and "host2" in told, told  # Open MPI 5 sometimes ends with 0 here
+        assert begun and "host2" in told and "daemon" in told, told  # Open MPI 5 sometimes ends with 0 here
         assert list(unfinished.glob("part-?????.parquet")) and not (tmp_path / "out" / "read").exists()
         ran = own.run("host1", [sys.executable, CHAIN, 1, source, tmp_path / "out"])
         assert ran.returncode == 0, ran.stderr

@@ -32,8 +32,7 @@ def planted(clusters=60, alone=200, seed=0):
         made += [(edited(draw, text, draw.uniform(0, 0.04)) if i else text, cluster) for i in range(draw.randrange(2, 6))]
     made += [(words(draw, draw.choice([30, 80, 300])), clusters + i) for i in range(alone)]
     draw.shuffle(made)
-    spoilt = (". ".join([" ".join(text).capitalize()] * 1) for text, _ in made)
-    return list(spoilt), [cluster for _, cluster in made]
+    return [" ".join(text).capitalize() + "." for text, _ in made], [cluster for _, cluster in made]
 
 
 def grams(text, n=5):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from planted import jsonl, planted
+from test_semantic import tiny_model
 
 import ds_pretrain
 from ds_pretrain.curation.contamination import decontaminate
@@ -104,15 +105,16 @@ def test_every_step_runs_alone(source, tmp_path, monkeypatch, capsys):
         ["exact"],
         ["passages", "--words", 60],
         ["near", "--near", 0.8],
+        ["semantic", "--model", tiny_model(tmp_path / "model"), "--cosine", 0.999],
         ["decontaminate", "--against", source.with_name("b.jsonl")],
         ["store", "--vocab-size", 600, "--split", "0.8,0.1,0.1"],
     ]
-    jsonl(source.with_name("b.jsonl"), ["nothing of the kind"])
+    jsonl(source.with_name("b.jsonl"), ["nothing of the kind " * 5])
     for number, (name, *options) in enumerate(chain):
         before = [] if number == 0 else [tmp_path / str(number - 1)]
         code, told = tool(monkeypatch, capsys, name, *before, *options, "-o", tmp_path / str(number))
         assert code == 0, told
-    assert len(Store(tmp_path / "6" / "train")) > 30
+    assert len(Store(tmp_path / "7" / "train")) > 30
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,11 @@ def test_every_step_runs_alone(source, tmp_path, monkeypatch, capsys):
         (["--rules", "gophr"], "did you mean 'gopher'"),
         (["--labels", "colour"], "language and tier"),
         (["--near", "1.5"], "threshold 1.5"),
+        (["--semantic", "nowhere"], "has no config.json"),
+        (["--semantic", "nowhere", "--cosine", "2"], "cosine threshold 2"),
+        (["--perplexity", "nowhere"], "run.yaml does not exist"),
+        (["--most", "3"], "give a run to score by"),
+        (["--perplexity", "nowhere", "--least", "-1"], "above 0, got -1"),
         (["--split", "0.9,0.1"], "three shares"),
         (["--against", "nowhere.txt"], "no such file"),
         (["--passages", "3"], "at least 10"),

@@ -7,6 +7,7 @@ import pytest
 from planted import edited, grams, jaccard, planted, words
 
 from ds_pretrain.curation.minhash import MinHash, estimate, found_by
+from ds_pretrain.curation.minhash import jaccard as similarity
 from ds_pretrain.curation.shingles import Grams, batches
 
 STRANGE = [
@@ -58,7 +59,10 @@ def test_a_text_has_the_same_hashes_alone_and_among_others(unit):
 
 def test_case_punctuation_and_space_do_not_count_but_words_do():
     how = Grams(n=2)
-    assert len({frozenset(each) for each in sets(["The cat, sat.", "the  CAT\nsat", "«the» cat sat!"], how)[:2]}) == 1
+    same = ["The cat, sat.", "the  CAT\nsat", "«the» cat—sat…", "\u201cthe\u00a0cat\u201d\u3000sat\u2019"]
+    assert len({frozenset(each) for each in sets(same, how)}) == 1
+    found = Grams(n=1).units(["a—b"])
+    assert found.start.tolist() == [0, 4] and found.stop.tolist() == [1, 5], "places are those of the text as it is"
     assert sets(["the cat sat"], how) != sets(["the cats at"], how)
     assert sets(["ab c"], Grams(n=1)) != sets(["a bc"], Grams(n=1))
 
@@ -86,7 +90,7 @@ def test_signatures_estimate_the_true_similarity(length, share):
         errors.append(estimate(*how.signatures(pair)) - true)
         spread.append(true * (1 - true) / how.bins)
     assert abs(np.mean(errors)) < 4 * np.sqrt(np.mean(spread) / len(errors)) * 1.5 + 1e-3
-    assert np.std(errors) < (2 if length == 8 else 1.25) * np.sqrt(np.mean(spread)) + 1e-3
+    assert np.std(errors) < (2 if length == 8 else 1.5) * np.sqrt(np.mean(spread)) + 1e-3
 
 
 def test_a_signature_does_not_depend_on_what_is_signed_beside_it():
@@ -119,8 +123,8 @@ def test_jaccard_of_hashes_is_jaccard_of_words():
     hashed = [np.unique(how.grams.of([text]).hash) for text in texts]
     for one in range(0, len(texts), 3):
         for other in range(len(texts)):
-            assert how.jaccard(hashed[one], hashed[other]) == pytest.approx(jaccard(texts[one], texts[other]), abs=1e-12)
-    assert len(grams("")) == 0 and how.jaccard(np.zeros(0), np.zeros(0)) == 0.0
+            assert similarity(hashed[one], hashed[other]) == pytest.approx(jaccard(texts[one], texts[other]), abs=1e-12)
+    assert len(grams("")) == 0 and similarity(np.zeros(0), np.zeros(0)) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def killed_workers_parent(command, source, out):
     with subprocess.Popen([*command, source, str(out)], env=env, stderr=subprocess.PIPE, text=True) as process:
         unfinished = out / "read.unfinished" / "kept"
         deadline = time.monotonic() + 60
-        while not list(unfinished.glob("*.parquet")) and time.monotonic() < deadline:
+        while not (list(unfinished.glob("*.parquet")) and (out / "worker.pid").exists()) and time.monotonic() < deadline:
             time.sleep(0.02)
         victim = (out / "worker.pid").read_text()
         os.kill(int(victim), signal.SIGKILL)
@@ -250,7 +250,9 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on_to_the_same_bytes(alone, t
     command = [sys.executable, str(CHAIN), "1", source, str(tmp_path / "out")]
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (30_000, 30_000))
     ran = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=120)
-    assert ran.returncode != 0 and "if the disk is full, make room" in ran.stderr and ".unfinished" in ran.stderr, ran.stderr
+    assert (
+        ran.returncode != 0 and "Make room there and run the same command again" in ran.stderr and ".unfinished" in ran.stderr
+    ), ran.stderr
     assert list((tmp_path / "out").glob("*.unfinished"))
     assert chained([sys.executable, str(CHAIN), "1"], source, tmp_path / "out").returncode == 0
     assert digests(tmp_path / "out") == expected
@@ -270,18 +272,70 @@ def test_a_step_is_made_once_and_never_from_other_inputs(tmp_path):
     with pytest.raises(ValueError, match="holds no finished documents"):
         exact(Folder(tmp_path / "nothing"), tmp_path / "out", HERE)
     next(iter(first.parts)).unlink()
-    with pytest.raises(ValueError, match=r"has 0 parts, report.json counts 1"):
+    with pytest.raises(ValueError, match=r"part-00000.parquet has no bytes instead of"):
         exact(first, tmp_path / "other", HERE)
 
 
-def test_an_unfinished_step_of_other_settings_is_begun_anew(tmp_path):
+def test_hours_of_other_settings_are_not_thrown_away(tmp_path):
     source = corpus(tmp_path / "in", [" ".join(edited(random.Random(i), ["a"] * 9, 0.5)) for i in range(9)])
     first = read([source], tmp_path / "read", HERE)
-    left = tmp_path / "near.unfinished" / "kept"
-    left.mkdir(parents=True)
-    (left / "part-00000.parquet").write_bytes(b"old")
-    (left.parent / "request.json").write_text("{}")
-    assert near(first, tmp_path / "near", HERE).report["documents"] <= 9
+    left = tmp_path / "near.unfinished"
+    left.mkdir()
+    (left / "request.json").write_text('{"step": "near"}')
+    with pytest.raises(ValueError, match=r"was begun by other means .* ask for the same again, or remove it"):
+        near(first, tmp_path / "near", HERE)
+
+
+def test_two_at_once_are_refused(tmp_path):
+    source = corpus(tmp_path / "in", [f"text {i}" for i in range(9)])
+    first = read([source], tmp_path / "read", HERE)
+
+    class Nosy(Workers):
+        def map(self, what, work, units):
+            with pytest.raises(ValueError, match="another process is at work in"):
+                exact(first, tmp_path / "exact", HERE)
+            return Workers.map(self, what, work, units)
+
+    assert exact(first, tmp_path / "exact", Nosy(quiet=True)).report["documents"] == 9
+
+
+@pytest.mark.parametrize("step", [read, exact, near, passages])
+def test_a_kill_between_the_report_and_the_name_is_got_over(step, tmp_path, monkeypatch):
+    source = corpus(tmp_path / "in", [f"text {i}" for i in range(9)])
+    before = [source] if step is read else read([source], tmp_path / "read", HERE)
+    rename = Path.rename
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        step(before, tmp_path / "out", HERE)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert step(before, tmp_path / "out", HERE).report["documents"] == 9
+    assert not (tmp_path / "out" / "work").exists() and not (tmp_path / "out" / "lock").exists()
+
+
+def test_sources_that_change_or_have_no_text_are_told(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    other = jsonl(tmp_path / "b.jsonl", ["\x01\x02", "\ufeff "])
+    with pytest.raises(ValueError, match=r"no document in .*b.jsonl .*'empty': 2"):
+        read([str(path), str(other)], tmp_path / "none", HERE)
+    read([str(path)], tmp_path / "out", HERE)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(ValueError, match="was made by other means"):
+        read([str(path)], tmp_path / "out", HERE)
+    with pytest.raises(ValueError, match="given twice"):
+        read([str(path), str(tmp_path / "." / "a.jsonl")], tmp_path / "twice", HERE)
+    plain = reading._rows
+
+    def touched(*arguments):
+        yield from plain(*arguments)
+        os.utime(path, ns=(5, 5))
+
+    monkeypatch.setattr(reading, "_rows", touched)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        read([str(path)], tmp_path / "changed", HERE)
 
 
 def test_mpi_without_its_runner_is_refused(monkeypatch):
