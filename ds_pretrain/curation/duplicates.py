@@ -39,11 +39,11 @@ def exact(before: Folder, out: Path, workers: Workers) -> Folder:
     """Drop all but the first of equal documents."""
 
     def do(work: Work) -> dict[str, Any]:
-        paths = _Paths(work)
+        paths = Workplace(work)
         work.each("hash", paths.parts, partial(_hash, paths), paths.run)
         count = runs.buckets(paths.runs)
         work.each("compare", range(count), partial(_equal, paths, count), lambda i: paths.of("copies", i))
-        return _drop(work, paths, "exact copy", _all(paths, "copies", range(count)))
+        return drop(work, paths, "exact copy", gathered(paths, "copies", range(count)))
 
     return step("exact", out, before, {}, workers, do)
 
@@ -52,21 +52,21 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
     """Drop all but the first of documents that are nearly the same."""
 
     def do(work: Work) -> dict[str, Any]:
-        paths = _Paths(work)
+        paths = Workplace(work)
         work.each("sign", paths.parts, partial(_sign, paths, how), paths.run)
         count = runs.buckets(paths.runs)
         work.each("meet", range(count), partial(_meet, paths, count), lambda i: paths.of("pairs", i))
-        pairs = runs.distinct(_all(paths, "pairs", range(count)))
+        pairs = runs.distinct(gathered(paths, "pairs", range(count)))
         chunks = list(enumerate(np.array_split(pairs, max(1, -(-len(pairs) // AT_ONCE)))))
         work.each("verify", chunks, partial(_verify, paths, how), lambda chunk: paths.of("verified", chunk[0]))
-        verified = _all(paths, "verified", range(len(chunks)))
+        verified = gathered(paths, "verified", range(len(chunks)))
         copies = clusters(verified[verified["jaccard"] >= how.threshold])
-        return _drop(work, paths, "near copy", copies) | _evidence(how, verified)
+        return drop(work, paths, "near copy", copies) | _evidence(how, verified)
 
     return step("near", out, before, asdict(how), workers, do)
 
 
-class _Paths:
+class Workplace:
     """Where a step of duplicates keeps its work; goes to every worker."""
 
     def __init__(self, work: Work) -> None:
@@ -87,11 +87,11 @@ class _Paths:
         return [self.run(part) for part in self.parts]
 
 
-def _all(paths: _Paths, what: str, numbers: Iterable[int]) -> np.ndarray:
+def gathered(paths: Workplace, what: str, numbers: Iterable[int]) -> np.ndarray:
     return np.concatenate([runs.load(paths.of(what, number)) for number in numbers])
 
 
-def _hash(paths: _Paths, part: Path) -> None:
+def _hash(paths: Workplace, part: Path) -> None:
     numbers, digests = array("q"), bytearray()
     for row in read_part(part):
         numbers.append(row.number)
@@ -100,14 +100,14 @@ def _hash(paths: _Paths, part: Path) -> None:
     runs.save(paths.run(part), runs.run(keys[:, 0], keys[:, 1], np.frombuffer(numbers, dtype=np.int64)))
 
 
-def _equal(paths: _Paths, count: int, number: int) -> None:
+def _equal(paths: Workplace, count: int, number: int) -> None:
     found = runs.copies(runs.bucket(paths.runs, number, count))
     copies = np.empty(len(found), dtype=COPY)
     copies["number"], copies["of"] = found[:, 2], found[:, 0]
     runs.save(paths.of("copies", number), copies)
 
 
-def _sign(paths: _Paths, how: MinHash, part: Path) -> None:
+def _sign(paths: Workplace, how: MinHash, part: Path) -> None:
     """The signatures of a part and the run of their bands' keys. Texts without a unit resemble nothing and have no keys."""
     numbers, signatures = [np.zeros(0, np.int64)], [np.zeros((0, how.bins), np.uint32)]
     for rows in batches(read_part(part), lambda row: len(row.text)):
@@ -123,13 +123,13 @@ def _sign(paths: _Paths, how: MinHash, part: Path) -> None:
     runs.save(paths.run(part), runs.run(how.keys(signature).ravel(), band, np.repeat(number, how.bands)))
 
 
-def _meet(paths: _Paths, count: int, number: int) -> None:
+def _meet(paths: Workplace, count: int, number: int) -> None:
     """Pairs of documents that share a band: each with the first of its group, and with its neighbour."""
     found = runs.copies(runs.bucket(paths.runs, number, count))
     runs.save(paths.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
 
 
-def _verify(paths: _Paths, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
+def _verify(paths: Workplace, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     """True and estimated similarity of these pairs."""
     number, pairs = chunk
     wanted = np.unique(pairs)
@@ -139,9 +139,9 @@ def _verify(paths: _Paths, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     runs.save(paths.of("verified", number), np.array(made, dtype=PAIR))
 
 
-def _hashed(paths: _Paths, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _hashed(paths: Workplace, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The sorted distinct n-grams of these documents."""
-    for rows in batches(_rows(paths, wanted), lambda row: len(row.text)):
+    for rows in batches(rows_of(paths, wanted), lambda row: len(row.text)):
         found = how.grams.of([row.text for row in rows])
         order = np.lexsort((found.hash, found.text))
         text, hashes = found.text[order], found.hash[order]
@@ -151,12 +151,12 @@ def _hashed(paths: _Paths, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[i
         yield from ((row.number, hashes[start:stop]) for row, start, stop in zip(rows, ends, ends[1:], strict=False))
 
 
-def _signed(paths: _Paths, part: Path, wanted: np.ndarray) -> np.ndarray:
+def _signed(paths: Workplace, part: Path, wanted: np.ndarray) -> np.ndarray:
     signed = runs.load(paths.signatures(part))
     return np.array(signed[np.isin(signed["number"], wanted, assume_unique=True)])
 
 
-def _rows(paths: _Paths, wanted: np.ndarray) -> Iterator[Row]:
+def rows_of(paths: Workplace, wanted: np.ndarray) -> Iterator[Row]:
     """Documents by their sorted numbers; only row groups that hold some are read."""
     for part in paths.parts:
         file = pq.ParquetFile(part)
@@ -183,7 +183,7 @@ def clusters(pairs: np.ndarray) -> np.ndarray:
     return np.array([(x, find(x)) for x in sorted(root) if find(x) != x], dtype=COPY)
 
 
-def _drop(work: Work, paths: _Paths, reason: str, copies: np.ndarray) -> dict[str, Any]:
+def drop(work: Work, paths: Workplace, reason: str, copies: np.ndarray) -> dict[str, Any]:
     """Write all parts without these copies."""
     runs.save(paths.work / "copies.npy", np.sort(copies, order="number"))
     work.each("write", paths.parts, partial(_without, paths, reason), lambda part: paths.out / "kept" / part.name)
@@ -191,7 +191,7 @@ def _drop(work: Work, paths: _Paths, reason: str, copies: np.ndarray) -> dict[st
     return {"clusters": {str(size + 1): count for size, count in sorted(sizes.items())}}
 
 
-def _without(paths: _Paths, reason: str, part: Path) -> None:
+def _without(paths: Workplace, reason: str, part: Path) -> None:
     number = number_of(part)
     copies = runs.load(paths.work / "copies.npy")
     low, high = np.searchsorted(copies["number"], [number << SHIFT, (number + 1) << SHIFT])

@@ -77,6 +77,9 @@ def _section(name: str, folder: Folder) -> str:
     for what in ("quarantined", "dropped", "broken", "lines", "languages", "tiers", "clusters"):
         if counts := report.get(what):
             parts.append(f"**{what}** " + ", ".join(f"{key} {count:,}" for key, count in counts.items()))
+    for what in ("would_drop", "bits_per_byte"):
+        if told := report.get(what):
+            parts.append(f"**{what}** {json.dumps(told)}")
     for what in ("benchmark_ngrams", "benchmark_too_short", "candidates", "passed", "cut"):
         if what in report:
             parts.append(f"**{what}** {report[what]:,}")

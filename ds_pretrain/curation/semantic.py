@@ -26,7 +26,7 @@ import xxhash
 
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Folder, Work, read_part, step
-from ds_pretrain.curation.duplicates import _all, _drop, _Paths, _rows, clusters
+from ds_pretrain.curation.duplicates import Workplace, clusters, drop, gathered, rows_of
 from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data.store import file_digest
@@ -65,7 +65,7 @@ def semantic(before: Folder, out: Path, workers: Workers, model: Path, threshold
     asked = {"model": model.name, "digest": _digest(model), "threshold": threshold, "groups": groups}
 
     def do(work: Work) -> dict[str, Any]:
-        paths = _Paths(work)
+        paths = Workplace(work)
         work.each("embed", paths.parts, partial(_embed, paths, model), partial(_embedded, paths))
         total = sum(len(runs.load(_embedded(paths, part))) for part in paths.parts)
         count = min(groups or max(1, round(total**0.5)), total)
@@ -73,10 +73,10 @@ def semantic(before: Folder, out: Path, workers: Workers, model: Path, threshold
         work.each("assign", paths.parts, partial(_assign, paths), paths.run)
         chunks = list(enumerate(pairwise(np.linspace(0, count, 2 + total // AT_ONCE).round().astype(int).tolist())))
         work.each("compare", chunks, partial(_compare, paths, threshold), lambda chunk: paths.of("nearest", chunk[0]))
-        nearest = _all(paths, "nearest", range(len(chunks)))
+        nearest = gathered(paths, "nearest", range(len(chunks)))
         passed = nearest[nearest["cosine"] >= threshold]
         copies = clusters(_pairs(passed))
-        return _drop(work, paths, "semantic copy", copies) | _evidence(paths, nearest, passed, count)
+        return drop(work, paths, "semantic copy", copies) | _evidence(paths, nearest, passed, count)
 
     return step("semantic", out, before, asked, workers, do)
 
@@ -117,11 +117,11 @@ def _json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_bytes()) if path.exists() else otherwise
 
 
-def _embedded(paths: _Paths, part: Path) -> Path:
+def _embedded(paths: Workplace, part: Path) -> Path:
     return paths.work / f"embedded-{part.stem}.npy"
 
 
-def _centres(paths: _Paths) -> Path:
+def _centres(paths: Workplace) -> Path:
     return paths.work / "centres.npy"
 
 
@@ -209,7 +209,7 @@ def _excerpt(text: str) -> str:
     return "\n".join(text[start : start + size] for start in starts)
 
 
-def _embed(paths: _Paths, model: Path, part: Path) -> None:
+def _embed(paths: Workplace, model: Path, part: Path) -> None:
     encoder = Encoder.load(model)
     dtype = np.dtype([("number", "<i8"), ("vector", "<f4", (encoder.width,))])
     made = [np.zeros(0, dtype)]
@@ -252,7 +252,7 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(one) @ torch.from_numpy(other).T).numpy()
 
 
-def _fit(paths: _Paths, total: int, count: int) -> None:
+def _fit(paths: Workplace, total: int, count: int) -> None:
     """Centres of all documents, or of `FITTED` for each, evenly taken."""
     every = max(1, total // (FITTED * max(1, count)))
     points = np.concatenate([runs.load(_embedded(paths, part))["vector"][::every] for part in paths.parts])
@@ -260,7 +260,7 @@ def _fit(paths: _Paths, total: int, count: int) -> None:
         runs.save(_centres(paths), kmeans(points, count) if count else points)
 
 
-def _assign(paths: _Paths, part: Path) -> None:
+def _assign(paths: Workplace, part: Path) -> None:
     """The groups of a part's documents, sorted, and where each document lies in its part."""
     vectors = np.ascontiguousarray(runs.load(_embedded(paths, part))["vector"])
     with _one_thread():
@@ -271,7 +271,7 @@ def _assign(paths: _Paths, part: Path) -> None:
     runs.save(paths.run(part), assigned)
 
 
-def _compare(paths: _Paths, threshold: float, chunk: tuple[int, tuple[int, int]]) -> None:
+def _compare(paths: Workplace, threshold: float, chunk: tuple[int, tuple[int, int]]) -> None:
     """For each document of some groups the nearest before it."""
     number, span = chunk
     slices = []
@@ -310,13 +310,13 @@ def _pairs(passed: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _evidence(paths: _Paths, nearest: np.ndarray, passed: np.ndarray, count: int) -> dict[str, Any]:
+def _evidence(paths: Workplace, nearest: np.ndarray, passed: np.ndarray, count: int) -> dict[str, Any]:
     """How many pairs, how large the groups are, what other thresholds would drop, and the pairs nearest to this one."""
     groups = [np.bincount(runs.load(paths.run(part))["group"], minlength=count) for part in paths.parts]
     sizes = np.sort(np.sum(groups, axis=0))
     shown = np.sort(passed, order=("cosine", "number"))[:SHOWN]
     wanted = np.unique(np.concatenate([shown["number"], shown["of"]]))
-    text = {row.number: " ".join(row.text.split())[:HEAD] for row in _rows(paths, wanted)}
+    text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(paths, wanted)}
     return {
         "pairs": int(passed["pairs"].sum()),
         "groups": {"count": count, **{f"{share:.0%}": int(np.quantile(sizes, share)) for share in (0, 0.5, 0.9, 1) if count}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ def _rank(rank: int, world: int, port: int, answer: str, function: Callable[...,
     )  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup; torch sends it to ranks whose parent has died
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     result = function(*args)
     if rank == 0:
         Path(answer).write_bytes(pickle.dumps(result))

@@ -182,7 +182,8 @@ def test_the_tool_scores_the_same_on_mpi_ranks(run, real, tool, tmp_path, monkey
     perplexity(before, tmp_path / "alone" / "out", HERE, tool["Judged"].of(run), 2.5)
     ranks = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe", "-n", "2", sys.executable, "-m", "mpi4py"]
     options = ["perplexity", before.path, "--run", run, "--most", 2.5, "-o", tmp_path / "several" / "out"]
-    env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = {**plain, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ran = subprocess.run([*ranks, str(TOOL), *map(str, options)], env=env, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0 and "bits per byte" in ran.stderr, ran.stderr
     assert digests(tmp_path / "alone") == digests(tmp_path / "several")

@@ -17,7 +17,7 @@ from ds_pretrain.curation.workers import Workers, workers
 
 HERE = Workers(quiet=True)
 WORDS = [f"word{i}" for i in range(200)]
-THRESHOLD = 0.97
+THRESHOLD = 0.93
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,13 @@ def tiny_model(folder):
     return folder
 
 
-def sentences(count=120, seed=0):
-    """Random sentences, and some of them again with their words in another order."""
-    draw = random.Random(seed)
+def sentences(count=120, changed=True):
+    """Random sentences, and some of them again with their words in another order, and perhaps one or two others."""
+    draw = random.Random(0)
     base = [[draw.choice(WORDS) for _ in range(draw.randrange(3, 25))] for _ in range(count)]
     made = base + [draw.sample(words, len(words)) for words in draw.choices(base[:30], k=count // 2)]
+    for words in made[count::2] if changed else []:
+        words[: draw.randrange(3)] = draw.choices(WORDS, k=2)
     draw.shuffle(made)
     return [" ".join(words) for words in made]
 
@@ -106,6 +108,14 @@ def test_long_documents_are_read_in_windows_from_begin_to_end(model, count, chos
     assert found @ other < 0.999, "the end counts"
 
 
+def test_windows_count_by_their_tokens(model, tmp_path):
+    draw = random.Random(1)
+    windows = [" ".join(draw.choices(WORDS, k=k)) for k in (30, 30, 4)]
+    (found,) = Encoder.load(with_files(model, tmp_path / "model", **{"1_Pooling__config": CLS}))([" ".join(windows)])
+    states = [states_by_hand(model, window) for window in windows]
+    np.testing.assert_allclose(found, unit(np.sum([each[0] * len(each) for each in states], axis=0)), atol=1e-5)
+
+
 def test_very_long_documents_are_tokenised_by_stretches(monkeypatch):
     monkeypatch.setattr(here, "LONGEST", 40)
     text = "".join(chr(ord("a") + i % 26) for i in range(1000))
@@ -125,7 +135,7 @@ def test_what_is_dropped_is_what_all_pairs_give(model, tmp_path):
         text for text, row in zip(texts, cosine, strict=True) if row.max() < THRESHOLD
     ]
     gone = list(found.dropped())
-    assert len(gone) > 50 and {each.reason for each in gone} == {"semantic copy"}
+    assert len(gone) > 40 and {each.reason for each in gone} == {"semantic copy"}
     place = {row.number: i for i, row in enumerate(before.rows())}
     kept = {row.number for row in found.rows()}
     for each in gone:
@@ -143,9 +153,9 @@ def test_what_is_dropped_is_what_all_pairs_give(model, tmp_path):
 
 def test_copies_meet_in_one_of_many_groups(model, tmp_path):
     """The same words in another order have the same embedding, so no group parts them."""
-    before = read([corpus(tmp_path / "in", sentences())], tmp_path / "read", HERE)
-    found = semantic(before, tmp_path / "out", HERE, model, 0.9999)
-    assert len(texts_of(found)) == len({" ".join(sorted(text.split())) for text in sentences()}) < 130
+    texts = sentences(changed=False)
+    found = semantic(read([corpus(tmp_path / "in", texts)], tmp_path / "read", HERE), tmp_path / "out", HERE, model, 0.9999)
+    assert len(texts_of(found)) == len({" ".join(sorted(text.split())) for text in texts}) < 130
     assert found.report["groups"]["count"] == 13 and found.report["groups"]["100%"] < 180
 
 
