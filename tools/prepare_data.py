@@ -7,7 +7,7 @@
 where it was, one that is done is not done again, and the bytes are the same however many work on it:
 
     python tools/prepare_data.py run corpus/ -o data/clean --rules gopher,gopher_repetition --near 0.7 --jobs 8
-    mpirun -n 33 python -m mpi4py tools/prepare_data.py run corpus/ -o data/clean --near 0.7
+    mpirun -n 9 python -m mpi4py tools/prepare_data.py run corpus/ -o data/clean --near 0.7
     ds-pretrain train quickstart data.path=data/clean/data
 
 What is kept and what is dropped, with reasons, is parquet (STEP/kept, STEP/dropped); what happened is in report.md.

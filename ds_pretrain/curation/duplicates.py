@@ -4,7 +4,8 @@ Exact: equal xxh3-128 of the text with its white space evened out. Near: MinHash
 bucket make a pair, every pair is compared by its true n-grams, and pairs that pass are joined (union-find). The first in the
 order of the sources stays, so put the source you trust most first. The price of joining: A and C may be less alike than the
 threshold if B is like both. A pair that is found only among three or more in a band may be overlooked there: each is paired
-with the first and with its neighbour, not with all.
+with the first and with its neighbour, not with all. Pairs are compared in chunks, each of which reads the row groups that it
+needs: where copies are many and far apart, text is read several times.
 """
 
 from __future__ import annotations

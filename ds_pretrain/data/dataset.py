@@ -159,7 +159,7 @@ class Samples:
         return {self.source: {"epochs": self.epochs(cursor), "share": 1.0}}
 
     def per_row(self) -> tuple[float, float]:
-        """Tokens and samples of a row, in the mean of the first block."""
+        """Tokens and samples of a row, in the mean of the first block; of a curriculum of lengths, of its beginning."""
         plan = self._plan(0)
         number = self.decode(np.array([sample for row in plan for sample in row]))
         cut = self.slots.cut(number.piece, number.slot)
@@ -272,12 +272,14 @@ class Samples:
         return max(1, int(len(self) * share) // BLOCK_ROWS, -(-len(self) // BLOCK_PIECES))
 
     def _plan(self, block: int) -> list[Row]:
-        if self._planned[0] != block:
+        number, rows = self._planned  # read at once: the loader's thread may be ahead
+        if number != block:
             rows = self._rows(*self._ordered(block))
             # Packing leaves rows of long pieces in front: without a shuffle the lengths would drift within a block.
             shuffled = rng.generator("rows", self.seed, block, self.source).permutation(len(rows)).tolist()
-            self._planned = (block, self._in_turn(block, [rows[i] for i in shuffled]))
-        return self._planned[1]
+            rows = self._in_turn(block, [rows[i] for i in shuffled])
+            self._planned = (block, rows)
+        return rows
 
     def _in_turn(self, block: int, rows: list[Row]) -> list[Row]:
         """The rows as they are trained, made by one variant after the other where the objective wants that."""

@@ -66,6 +66,11 @@ def test_what_shares_thirteen_words_with_the_benchmark_goes(tmp_path):
     found = decontaminate(before, tmp_path / "out", HERE, [str(benchmark)])
     assert [d.row.text for d in found.dropped()] == spoilt and 0 < len(spoilt) < len(texts)
     assert found.report["benchmark_ngrams"] == 18 and found.report["benchmark_too_short"] == 1
+    quoted = jsonl(tmp_path / "quoted.jsonl", ["\u201c" + question.replace(" ", "\u00a0\u2014 ") + "\u201d"])
+    again = decontaminate(before, tmp_path / "again", HERE, [str(quoted)])
+    assert [d.row.text for d in again.dropped()] == spoilt, "typographic quotes, dashes and spaces are no words"
+    with pytest.raises(ValueError, match="has 13 words, so n"):
+        decontaminate(before, tmp_path / "short", HERE, [str(jsonl(tmp_path / "short.jsonl", ["too short"]))])
     with pytest.raises(ValueError, match="no benchmark"):
         decontaminate(before, tmp_path / "other", HERE, [])
 
@@ -122,6 +127,7 @@ def test_every_step_runs_alone(source, tmp_path, monkeypatch, capsys):
     [
         (["--rules", "gophr"], "did you mean 'gopher'"),
         (["--labels", "colour"], "language and tier"),
+        (["--language", "english"], "unknown language 'english'"),
         (["--near", "1.5"], "threshold 1.5"),
         (["--semantic", "nowhere"], "has no config.json"),
         (["--semantic", "nowhere", "--cosine", "2"], "cosine threshold 2"),

@@ -145,3 +145,9 @@ def test_a_folder_of_another_tokenizer_is_refused(folders, tmp_path):
     prepare(tmp_path / "in.jsonl", tmp_path / "data", vocab_size=600, split=(0.8, 0.1, 0.1), quiet=True)
     with pytest.raises(ValueError, match="was prepared with tokenizer"):
         mixed([folders[0], str(tmp_path / "data")], (1, 1))
+
+
+def test_one_folder_under_two_spellings_is_refused(folders):
+    main = PretrainingDataset(folders[0], seq_len=SEQ, objective="clm")
+    with pytest.raises(ValueError, match="given twice"):
+        MixedDataset(main, {folders[1]: 0.5, folders[1] + "/": 0.5})
