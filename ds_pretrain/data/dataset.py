@@ -219,6 +219,7 @@ class Samples:
         for start in range(0, pieces, BLOCK_PIECES):
             chunk = np.arange(start, min(start + BLOCK_PIECES, pieces))
             rows += self._rows(EVALUATION - draw, chunk, np.full(len(chunk), LAST_ORDINAL))
+        rows = self._in_turn(_when(EVALUATION - draw), rows)
         text = np.asarray(self.store.text[:count], dtype=np.int64).sum(axis=0)
         return Evaluation(rows, count, int(ends[count - 1]), int(text[0]), int(text[1]))
 
@@ -281,7 +282,7 @@ class Samples:
             self._planned = (block, rows)
         return rows
 
-    def _in_turn(self, block: int, rows: list[Row]) -> list[Row]:
+    def _in_turn(self, block: int | str, rows: list[Row]) -> list[Row]:
         """The rows as they are trained, made by one variant after the other where the objective wants that."""
         if not self.objective.in_turn:
             return rows

@@ -203,7 +203,7 @@ CASES = {
     "fim-markov": Case(MARKOV, create("fim", cut="token"), fim, 200, 0.1),
     "span_corruption-constant": Case(Copy(1), create("span_corruption", density=0.25), spans, 200, 0.05),
     "span_corruption-markov": Case(MARKOV, create("span_corruption", density=0.25), spans, 200, 0.25),
-    "mdlm-markov": Case(MARKOV, create("mdlm"), masked, 300, 0.15),
+    "mdlm-markov": Case(MARKOV, create("mdlm"), masked, 400, 0.15),
     "mdlm-copy": Case(Copy(), create("mdlm"), masked, 200, 0.03),
 }
 
