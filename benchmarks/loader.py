@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,17 +50,23 @@ def main(
     turns: Annotated[int, typer.Option(help="Turns of each contender; the best counts.")] = 5,
 ) -> None:
     """Tokens per second of one core: reading against megatron-core's GPTDataset, masking against transformers."""
+    with made_corpus(tokens) as (console, prefix, folder):
+        ours = {name: Samples(Store(prefix), VOCAB, seq_len, name, "train", 0) for name in ("clm", "mlm")}
+        console.print(f"{tokens:,} tokens in {len(ours['clm'].store.lengths):,} documents; rows of {seq_len}")
+        report(console, "Reading, packed", reading(ours["clm"], prefix, folder), turns)
+        report(console, "Masked language modelling", masking(ours["mlm"]), turns)
+
+
+@contextmanager
+def made_corpus(tokens: int) -> Iterator[tuple[Console, str, str]]:
+    """One quiet thread, and a corpus on disk: where to print, the store's prefix, its folder."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     console = Console(width=110)
     console.print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        prefix = write_corpus(Path(folder) / "corpus", tokens)
-        ours = {name: Samples(Store(prefix), VOCAB, seq_len, name, "train", 0) for name in ("clm", "mlm")}
-        console.print(f"{tokens:,} tokens in {len(ours['clm'].store.lengths):,} documents; rows of {seq_len}")
-        report(console, "Reading, packed", reading(ours["clm"], prefix, folder), turns)
-        report(console, "Masked language modelling", masking(ours["mlm"]), turns)
+        yield console, write_corpus(Path(folder) / "corpus", tokens), folder
 
 
 def machine() -> str:

@@ -11,19 +11,14 @@ one data rank's step, with everything that every rank does for all rows.
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
 import time
-import warnings
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from loader import VOCAB, Work, gpt_dataset, items, machine, report, stream, write_corpus
-from rich.console import Console
+from loader import VOCAB, Work, gpt_dataset, items, made_corpus, report, stream
 from rich.table import Table
 
 from ds_pretrain.data.dataset import Cursor, Samples
@@ -42,13 +37,7 @@ def main(
     turns: Annotated[int, typer.Option(help="Turns of each contender; the best counts.")] = 5,
 ) -> None:
     """Reading beside megatron-core and a plain memmap, packing waste, and the loader's cost per GPU."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    console = Console(width=110)
-    console.print(machine())
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = write_corpus(Path(folder) / "corpus", tokens)
+    with made_corpus(tokens) as (console, prefix, folder):
         store = Store(prefix)
         console.print(f"{tokens:,} tokens in {len(store):,} documents, {store.info['dtype']}; rows of {seq_len}")
         data = Samples(store, VOCAB, seq_len, "clm", "train", 0)

@@ -413,11 +413,10 @@ def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
 
     config = load_run(run, overrides or [])
     problems = config.check(place().world, _tokenizer_size(config))
-    folders = {"data.path": config.data.path, **{f"data.mix {name}": name for name in config.data.mix}}
+    folders = [("data.path", config.data.path), *(("data.mix", folder) for folder in config.data.mix)]
     problems += [
-        f"{field if field == 'data.path' else 'data.mix'} {folder} holds no prepared data: make it with ds-pretrain prepare "
-        f"TEXT -o {folder}"
-        for field, folder in folders.items()
+        f"{field} {folder} holds no prepared data: make it with ds-pretrain prepare TEXT -o {folder}"
+        for field, folder in folders
         if not (Path(folder) / "train.idx").is_file()
     ]
     _refuse(run, problems)

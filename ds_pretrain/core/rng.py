@@ -26,6 +26,13 @@ def generator(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
+def mixed(x: np.ndarray) -> np.ndarray:
+    """uint64, same shape: splitmix64's finaliser, by which every input bit reaches every output bit. Wraps around by intent."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def torch_generator(*parts: int | str) -> torch.Generator:
     """A CPU torch generator of its own for these parts."""
     return torch.Generator().manual_seed(key(*parts) % (1 << 63))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, number_of, read_part, step, write_part
+from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, batched, number_of, read_part, step, write_part
 from ds_pretrain.curation.reading import normalised
 from ds_pretrain.curation.shingles import Grams, batches
 from ds_pretrain.curation.workers import Workers
@@ -37,10 +37,9 @@ def decontaminate(before: Folder, out: Path, workers: Workers, against: Sequence
             raise ValueError(
                 f"no text of {', '.join(against)} has {words} words, so nothing can be found by them: ask for fewer"
             )
-        path = work.folder / "work" / "known.npy"
+        path = work.place.of("known")
         runs.save(path, known)
-        cleans = partial(_clean, work.folder, path, grams)
-        work.each("clean", before.parts, cleans, lambda part: work.folder / "kept" / part.name)
+        work.write("clean", partial(_clean, work.folder, path, grams))
         return {"benchmark_ngrams": len(known), "benchmark_too_short": short}
 
     asked = {"against": {name: fingerprint(name) for name in against}, "words": words}
@@ -59,7 +58,7 @@ def _clean(folder: Path, known: Path, grams: Grams, part: Path) -> None:
 
 
 def _cleaned(part: Path, known: np.ndarray, grams: Grams) -> Iterator[Row | Dropped]:
-    for rows in batches(read_part(part), lambda row: len(row.text)):
+    for rows in batched(read_part(part)):
         found = grams.of([row.text for row in rows])
         chosen, _ = runs.among(known, found.hash[found.whole])
         dirty = set(found.text[found.whole][chosen].tolist())

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
 
 VERSION = 1
@@ -109,8 +110,9 @@ class _Table:
             self._beside.unlink(missing_ok=True)
 
 
-def write_part(folder: Path, part: int, rows: Iterable[Row | Dropped], before: Callable[[], None] = lambda: None) -> None:
-    """The files of one part; `kept` takes its name last, so that a part which has one is whole. before: called ahead of it."""
+def write_part(folder: Path, part: int, rows: Iterable[Row | Dropped], tell: Callable[[], Mapping[str, Any]] = dict) -> None:
+    """The files of one part; `kept` takes its name last, so that a part which has one is whole. tell: asked when all rows are
+    written for what the step's report needs of the part (`Work.told`)."""
     name = f"part-{part:05d}.parquet"
     with ExitStack() as stack:
         kept = stack.enter_context(_Table(folder / "kept" / name, KEPT))
@@ -120,7 +122,11 @@ def write_part(folder: Path, part: int, rows: Iterable[Row | Dropped], before: C
                 kept.add(_fields(row))
             else:
                 dropped.add((*_fields(row.row), row.reason, row.of))
-        before()
+        _write(_told(folder, part), tell())
+
+
+def _told(folder: Path, part: int) -> Path:
+    return folder / "work" / f"told-{part:05d}.json"
 
 
 def _fields(row: Row) -> tuple[Any, ...]:
@@ -137,6 +143,11 @@ def read_part(path: Path) -> Iterator[Row]:
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):
         yield from read_group(file, group)
+
+
+def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Documents in groups whose texts are hashed or scored at once."""
+    return batches(rows, lambda row: len(row.text))
 
 
 def read_group(file: pq.ParquetFile, group: int) -> list[Row]:
@@ -209,6 +220,38 @@ class Work:
 
     def kept(self, part: int) -> Path:
         return self.folder / "kept" / f"part-{part:05d}.parquet"
+
+    def write(self, what: str, work: Callable[[Path], None]) -> None:
+        """Make every part out of the one before it."""
+        self.each(what, self.place.parts, work, lambda part: self.kept(number_of(part)))
+
+    def told(self) -> list[dict[str, Any]]:
+        """What each part told when it was written."""
+        numbers = (number_of(path) for path in Folder(self.folder).parts)
+        return [json.loads(_told(self.folder, number).read_bytes()) for number in numbers]
+
+    @property
+    def place(self) -> Place:
+        assert self.before
+        return Place(self.folder, tuple(self.before.parts))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step that reads documents keeps its files between its units of work; goes to every worker."""
+
+    folder: Path
+    parts: tuple[Path, ...]
+    """The parts that the step reads."""
+
+    def of(self, what: str, unit: Path | int | None = None) -> Path:
+        """The file of this of a part, of a numbered unit of work, or of all."""
+        name = "" if unit is None else f"-{unit:05d}" if isinstance(unit, int) else f"-{unit.stem}"
+        return self.folder / "work" / f"{what}{name}.npy"
+
+    def every(self, what: str) -> list[Path]:
+        """These files of all parts."""
+        return [self.of(what, part) for part in self.parts]
 
 
 def step(
@@ -290,6 +333,7 @@ def _alone(building: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -23,9 +23,21 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import SHIFT, Dropped, Folder, Row, Work, number_of, read_group, read_part, step, write_part
+from ds_pretrain.curation.documents import (
+    SHIFT,
+    Dropped,
+    Folder,
+    Place,
+    Row,
+    Work,
+    batched,
+    number_of,
+    read_group,
+    read_part,
+    step,
+    write_part,
+)
 from ds_pretrain.curation.minhash import MinHash, estimate, jaccard
-from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.workers import Workers
 
 COPY = np.dtype([("number", "<i8"), ("of", "<i8")])
@@ -40,11 +52,11 @@ def exact(before: Folder, out: Path, workers: Workers) -> Folder:
     """Drop all but the first of equal documents."""
 
     def do(work: Work) -> dict[str, Any]:
-        paths = Workplace(work)
-        work.each("hash", paths.parts, partial(_hash, paths), paths.run)
-        count = runs.buckets(paths.runs)
-        work.each("compare", range(count), partial(_equal, paths, count), lambda i: paths.of("copies", i))
-        return drop(work, paths, "exact copy", gathered(paths, "copies", range(count)))
+        place = work.place
+        work.each("hash", place.parts, partial(_hash, place), partial(place.of, "run"))
+        count = runs.buckets(place.every("run"))
+        work.each("compare", range(count), partial(_equal, place, count), partial(place.of, "copies"))
+        return drop(work, "exact copy", gathered(place, "copies", range(count)))
 
     return step("exact", out, before, {}, workers, do)
 
@@ -53,65 +65,44 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
     """Drop all but the first of documents that are nearly the same."""
 
     def do(work: Work) -> dict[str, Any]:
-        paths = Workplace(work)
-        work.each("sign", paths.parts, partial(_sign, paths, how), paths.run)
-        count = runs.buckets(paths.runs)
-        work.each("meet", range(count), partial(_meet, paths, count), lambda i: paths.of("pairs", i))
-        pairs = runs.distinct(gathered(paths, "pairs", range(count)))
+        place = work.place
+        work.each("sign", place.parts, partial(_sign, place, how), partial(place.of, "run"))
+        count = runs.buckets(place.every("run"))
+        work.each("meet", range(count), partial(_meet, place, count), partial(place.of, "pairs"))
+        pairs = runs.distinct(gathered(place, "pairs", range(count)))
         chunks = list(enumerate(np.array_split(pairs, max(1, -(-len(pairs) // AT_ONCE)))))
-        work.each("verify", chunks, partial(_verify, paths, how), lambda chunk: paths.of("verified", chunk[0]))
-        verified = gathered(paths, "verified", range(len(chunks)))
+        work.each("verify", chunks, partial(_verify, place, how), lambda chunk: place.of("verified", chunk[0]))
+        verified = gathered(place, "verified", range(len(chunks)))
         copies = clusters(verified[verified["jaccard"] >= how.threshold])
-        return drop(work, paths, "near copy", copies) | _evidence(how, verified)
+        return drop(work, "near copy", copies) | _evidence(how, verified)
 
     return step("near", out, before, asdict(how), workers, do)
 
 
-class Workplace:
-    """Where a step of duplicates keeps its work; goes to every worker."""
-
-    def __init__(self, work: Work) -> None:
-        assert work.before
-        self.out, self.work, self.parts = work.folder, work.folder / "work", work.before.parts
-
-    def run(self, part: Path) -> Path:
-        return self.work / f"run-{part.stem}.npy"
-
-    def signatures(self, part: Path) -> Path:
-        return self.work / f"signatures-{part.stem}.npy"
-
-    def of(self, what: str, number: int) -> Path:
-        return self.work / f"{what}-{number:05d}.npy"
-
-    @property
-    def runs(self) -> list[Path]:
-        return [self.run(part) for part in self.parts]
+def gathered(place: Place, what: str, numbers: Iterable[int]) -> np.ndarray:
+    return np.concatenate([runs.load(place.of(what, number)) for number in numbers])
 
 
-def gathered(paths: Workplace, what: str, numbers: Iterable[int]) -> np.ndarray:
-    return np.concatenate([runs.load(paths.of(what, number)) for number in numbers])
-
-
-def _hash(paths: Workplace, part: Path) -> None:
+def _hash(place: Place, part: Path) -> None:
     numbers, digests = array("q"), bytearray()
     for row in read_part(part):
         numbers.append(row.number)
         digests += xxhash.xxh3_128_digest(" ".join(row.text.split()).encode())
     keys = np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
-    runs.save(paths.run(part), runs.run(keys[:, 0], keys[:, 1], np.frombuffer(numbers, dtype=np.int64)))
+    runs.save(place.of("run", part), runs.run(keys[:, 0], keys[:, 1], np.frombuffer(numbers, dtype=np.int64)))
 
 
-def _equal(paths: Workplace, count: int, number: int) -> None:
-    found = runs.copies(runs.bucket(paths.runs, number, count))
+def _equal(place: Place, count: int, number: int) -> None:
+    found = runs.copies(runs.bucket(place.every("run"), number, count))
     copies = np.empty(len(found), dtype=COPY)
     copies["number"], copies["of"] = found[:, 2], found[:, 0]
-    runs.save(paths.of("copies", number), copies)
+    runs.save(place.of("copies", number), copies)
 
 
-def _sign(paths: Workplace, how: MinHash, part: Path) -> None:
+def _sign(place: Place, how: MinHash, part: Path) -> None:
     """The signatures of a part and the run of their bands' keys. Texts without a unit resemble nothing and have no keys."""
     numbers, signatures = [np.zeros(0, np.int64)], [np.zeros((0, how.bins), np.uint32)]
-    for rows in batches(read_part(part), lambda row: len(row.text)):
+    for rows in batched(read_part(part)):
         numbers.append(np.array([row.number for row in rows], dtype=np.int64))
         signatures.append(how.signatures([row.text for row in rows]))
     number, signature = np.concatenate(numbers), np.concatenate(signatures)
@@ -119,53 +110,54 @@ def _sign(paths: Workplace, how: MinHash, part: Path) -> None:
     number, signature = number[some], signature[some]
     signed = np.empty(len(number), dtype=[("number", "<i8"), ("signature", "<u4", (how.bins,))])
     signed["number"], signed["signature"] = number, signature
-    runs.save(paths.signatures(part), signed)
+    runs.save(place.of("signatures", part), signed)
     band = np.tile(np.arange(how.bands, dtype=np.uint64), len(number))
-    runs.save(paths.run(part), runs.run(how.keys(signature).ravel(), band, np.repeat(number, how.bands)))
+    runs.save(place.of("run", part), runs.run(how.keys(signature).ravel(), band, np.repeat(number, how.bands)))
 
 
-def _meet(paths: Workplace, count: int, number: int) -> None:
+def _meet(place: Place, count: int, number: int) -> None:
     """Pairs of documents that share a band: each with the first of its group, and with its neighbour."""
-    found = runs.copies(runs.bucket(paths.runs, number, count))
-    runs.save(paths.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
+    found = runs.copies(runs.bucket(place.every("run"), number, count))
+    runs.save(place.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
 
 
-def _verify(paths: Workplace, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
+def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     """True and estimated similarity of these pairs."""
     number, pairs = chunk
     wanted = np.unique(pairs)
-    grams = dict(_hashed(paths, how, wanted))
-    signatures = {int(each["number"]): each["signature"] for part in paths.parts for each in _signed(paths, part, wanted)}
+    grams = dict(_hashed(place, how, wanted))
+    signatures = {int(each["number"]): each["signature"] for part in place.parts for each in _signed(place, part, wanted)}
     made = [(a, b, jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
-    runs.save(paths.of("verified", number), np.array(made, dtype=PAIR))
+    runs.save(place.of("verified", number), np.array(made, dtype=PAIR))
 
 
-def _hashed(paths: Workplace, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _hashed(place: Place, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The sorted distinct n-grams of these documents."""
-    for rows in batches(rows_of(paths, wanted), lambda row: len(row.text)):
+    for rows in batched(rows_of(place, wanted)):
         found = how.grams.of([row.text for row in rows])
         order = np.lexsort((found.hash, found.text))
         text, hashes = found.text[order], found.hash[order]
-        once = np.append(True, (text[1:] != text[:-1]) | (hashes[1:] != hashes[:-1]))[: len(text)]
+        once = runs.begins(text, hashes)
         text, hashes = text[once], hashes[once]
         ends = np.searchsorted(text, np.arange(len(rows) + 1))
         yield from ((row.number, hashes[start:stop]) for row, start, stop in zip(rows, ends, ends[1:], strict=False))
 
 
-def _signed(paths: Workplace, part: Path, wanted: np.ndarray) -> np.ndarray:
-    signed = runs.load(paths.signatures(part))
+def _signed(place: Place, part: Path, wanted: np.ndarray) -> np.ndarray:
+    signed = runs.load(place.of("signatures", part))
     return np.array(signed[np.isin(signed["number"], wanted, assume_unique=True)])
 
 
-def rows_of(paths: Workplace, wanted: np.ndarray) -> Iterator[Row]:
+def rows_of(place: Place, wanted: np.ndarray) -> Iterator[Row]:
     """Documents by their sorted numbers; only row groups that hold some are read."""
-    for part in paths.parts:
+    for part in place.parts:
         file = pq.ParquetFile(part)
         for group in range(file.num_row_groups):
             span = file.metadata.row_group(group).column(0).statistics
-            if span is not None and np.searchsorted(wanted, span.min) < np.searchsorted(wanted, span.max, side="right"):
-                low, high = np.searchsorted(wanted, span.min), np.searchsorted(wanted, span.max, side="right")
-                mine = set(wanted[low:high].tolist())
+            if span is None:  # no documents
+                continue
+            low, high = np.searchsorted(wanted, span.min), np.searchsorted(wanted, span.max, side="right")
+            if mine := set(wanted[low:high].tolist()):
                 yield from (row for row in read_group(file, group) if row.number in mine)
 
 
@@ -184,21 +176,22 @@ def clusters(pairs: np.ndarray) -> np.ndarray:
     return np.array([(x, find(x)) for x in sorted(root) if find(x) != x], dtype=COPY)
 
 
-def drop(work: Work, paths: Workplace, reason: str, copies: np.ndarray) -> dict[str, Any]:
+def drop(work: Work, reason: str, copies: np.ndarray) -> dict[str, Any]:
     """Write all parts without these copies."""
-    runs.save(paths.work / "copies.npy", np.sort(copies, order="number"))
-    work.each("write", paths.parts, partial(_without, paths, reason), lambda part: paths.out / "kept" / part.name)
+    place = work.place
+    runs.save(place.of("copies"), np.sort(copies, order="number"))
+    work.write("write", partial(_without, place, reason))
     sizes = Counter(Counter(copies["of"].tolist()).values())
     return {"clusters": {str(size + 1): count for size, count in sorted(sizes.items())}}
 
 
-def _without(paths: Workplace, reason: str, part: Path) -> None:
+def _without(place: Place, reason: str, part: Path) -> None:
     number = number_of(part)
-    copies = runs.load(paths.work / "copies.npy")
+    copies = runs.load(place.of("copies"))
     low, high = np.searchsorted(copies["number"], [number << SHIFT, (number + 1) << SHIFT])
     of = dict(copies[low:high].tolist())
     rows = (Dropped(row, reason, of[row.number]) if row.number in of else row for row in read_part(part))
-    write_part(paths.out, number, rows)
+    write_part(place.folder, number, rows)
 
 
 def _evidence(how: MinHash, verified: np.ndarray) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from ds_pretrain.curation.shingles import Grams, mixed
+from ds_pretrain.core import rng
+from ds_pretrain.curation.shingles import Grams
 
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 FEW = 8
@@ -70,8 +71,8 @@ class MinHash:
     def keys(self, signatures: np.ndarray) -> np.ndarray:
         """uint64 [texts, bands]: equal where all bins of a band agree."""
         used = signatures[:, : self.bands * self.rows].astype(np.uint64).reshape(len(signatures), self.bands, self.rows)
-        weight = mixed(np.arange(1, self.rows + 1, dtype=np.uint64)) | np.uint64(1)
-        return mixed((mixed(used + np.uint64(1)) * weight).sum(axis=2, dtype=np.uint64))
+        weight = rng.mixed(np.arange(1, self.rows + 1, dtype=np.uint64)) | np.uint64(1)
+        return rng.mixed((rng.mixed(used + np.uint64(1)) * weight).sum(axis=2, dtype=np.uint64))
 
 
 def found_by(similarity: float | np.ndarray, bands: int, rows: int) -> np.ndarray:
@@ -116,7 +117,7 @@ def _densified(least: np.ndarray) -> np.ndarray:
 
 def _borrow(filled: np.ndarray, least: np.ndarray, text: np.ndarray, at: np.ndarray, source: np.ndarray) -> None:
     """What is borrowed is changed by the bin that borrows, or bins that borrow from one would all agree at once."""
-    filled[text, at] = mixed(least[text, source] + at.astype(np.uint64))
+    filled[text, at] = rng.mixed(least[text, source] + at.astype(np.uint64))
 
 
 def _chunks(texts: np.ndarray) -> Iterator[np.ndarray]:
@@ -127,6 +128,6 @@ def _chunks(texts: np.ndarray) -> Iterator[np.ndarray]:
 @cache
 def _orders(bins: int) -> tuple[np.ndarray, np.ndarray]:
     """int16 [bins, bins] each: the order in which each bin asks all bins, and the place of each bin in it; for all texts."""
-    keys = mixed(mixed(np.arange(bins * bins, dtype=np.uint64)) + np.uint64(1)).reshape(bins, bins)
+    keys = rng.mixed(rng.mixed(np.arange(bins * bins, dtype=np.uint64)) + np.uint64(1)).reshape(bins, bins)
     order = keys.argsort(axis=1)
     return order.astype(np.int16), order.argsort(axis=1).astype(np.int16)

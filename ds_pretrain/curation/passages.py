@@ -12,10 +12,9 @@ price: a passage that is cut leaves the text before and after it as neighbours, 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, number_of, read_part, step, write_part
-from ds_pretrain.curation.shingles import Grams, batches
+from ds_pretrain.curation.documents import Dropped, Folder, Place, Row, Work, batched, number_of, read_part, step, write_part
+from ds_pretrain.curation.shingles import Grams
 from ds_pretrain.curation.workers import Workers
 
 WORDS = 50
@@ -36,34 +35,6 @@ REMEMBERED = 1000
 LENGTH = 200
 """Characters that it shows of each."""
 ALL = "repeated passages only"
-
-
-@dataclass(frozen=True)
-class _Paths:
-    """Where the step keeps its work."""
-
-    folder: Path
-    parts: tuple[Path, ...]
-
-    def hashes(self, part: Path) -> Path:
-        return self.folder / "work" / f"hashes-{part.stem}.npy"
-
-    def repeated(self, number: int) -> Path:
-        return self.folder / "work" / f"repeated-{number:05d}.npy"
-
-    def present(self, part: Path) -> Path:
-        return self.folder / "work" / f"present-{part.stem}.npy"
-
-    def cut(self, part: Path) -> Path:
-        return self.folder / "work" / f"cut-{part.stem}.json"
-
-    @property
-    def all_repeated(self) -> Path:
-        return self.folder / "work" / "repeated.npy"
-
-    @property
-    def owner(self) -> Path:
-        return self.folder / "work" / "owner.npy"
 
 
 class _Grams(NamedTuple):
@@ -101,16 +72,16 @@ def passages(before: Folder, out: Path, workers: Workers, words: int = WORDS) ->
     check(words)
 
     def do(work: Work) -> dict[str, Any]:
-        paths = _Paths(work.folder, tuple(before.parts))
-        work.each("hash", paths.parts, partial(_hash, paths, words), paths.hashes)
-        every = [paths.hashes(part) for part in paths.parts]
+        files = work.place
+        work.each("hash", files.parts, partial(_hash, files, words), partial(files.of, "hashes"))
+        every = files.every("hashes")
         count = runs.buckets(every)
-        work.each("compare", range(count), partial(_repeated, paths, every, count), paths.repeated)
-        runs.save(paths.all_repeated, np.concatenate([runs.load(paths.repeated(i)) for i in range(count)]))
-        work.each("locate", paths.parts, partial(_locate, paths, words), paths.present)
-        _own(paths)
-        work.each("cut", paths.parts, partial(_cut, paths, words), lambda part: work.folder / "kept" / part.name)
-        return _evidence(paths)
+        work.each("compare", range(count), partial(_repeated, files, every, count), partial(files.of, "repeated"))
+        runs.save(files.of("repeated"), np.concatenate([runs.load(files.of("repeated", i)) for i in range(count)]))
+        work.each("locate", files.parts, partial(_locate, files), partial(files.of, "present"))
+        _own(files)
+        work.write("cut", partial(_cut, files, words))
+        return _evidence(work.told())
 
     return step("passages", out, before, {"words": words}, workers, do)
 
@@ -137,54 +108,46 @@ def _grams(rows: list[Row], words: int) -> _Grams:
     return _Grams(row, found.hash[found.whole], units.start[first], units.stop[last], reach)
 
 
-def _hash(paths: _Paths, words: int, part: Path) -> None:
+def _hash(files: Place, words: int, part: Path) -> None:
     """The sorted hashes of a part; those that it has twice are there twice."""
     found = [np.zeros(0, np.uint64)]
-    for rows in batches(read_part(part), _length):
+    for rows in batched(read_part(part)):
         found.append(_grams(rows, words).hash)
     kept, count = np.unique(np.concatenate(found), return_counts=True)
-    runs.save(paths.hashes(part), np.repeat(kept, np.minimum(count, 2)))
+    runs.save(files.of("hashes", part), np.repeat(kept, np.minimum(count, 2)))
 
 
-def _length(row: Row) -> int:
-    return len(row.text)
-
-
-def _repeated(paths: _Paths, every: list[Path], count: int, number: int) -> None:
+def _repeated(files: Place, every: list[Path], count: int, number: int) -> None:
     hashes = runs.bucket(every, number, count)
-    runs.save(paths.repeated(number), runs.once(hashes[1:][hashes[1:] == hashes[:-1]]))
+    runs.save(files.of("repeated", number), runs.once(hashes[1:][hashes[1:] == hashes[:-1]]))
 
 
-def _locate(paths: _Paths, words: int, part: Path) -> None:
+def _locate(files: Place, part: Path) -> None:
     """Which of the repeated passages a part has."""
-    _, places = runs.among(runs.load(paths.all_repeated), runs.once(runs.load(paths.hashes(part))))
-    runs.save(paths.present(part), places)
+    _, places = runs.among(runs.load(files.of("repeated")), runs.once(runs.load(files.of("hashes", part))))
+    runs.save(files.of("present", part), places)
 
 
-def _own(paths: _Paths) -> None:
+def _own(files: Place) -> None:
     """For each repeated passage the first part that has it."""
-    owner = np.full(len(runs.load(paths.all_repeated)), len(paths.parts), dtype=np.int32)
-    for number, part in reversed(list(enumerate(paths.parts))):
-        owner[runs.load(paths.present(part))] = number
-    runs.save(paths.owner, owner)
+    owner = np.full(len(runs.load(files.of("repeated"))), len(files.parts), dtype=np.int32)
+    for number, part in reversed(list(enumerate(files.parts))):
+        owner[runs.load(files.of("present", part))] = number
+    runs.save(files.of("owner"), owner)
 
 
-def _cut(paths: _Paths, words: int, part: Path) -> None:
+def _cut(files: Place, words: int, part: Path) -> None:
     """Write a part without what occurs earlier."""
-    number = paths.parts.index(part)
-    seen = np.asarray(runs.load(paths.owner) != number)  # what an earlier part has; then also what came earlier here
+    number = files.parts.index(part)
+    seen = np.asarray(runs.load(files.of("owner")) != number)  # what an earlier part has; then also what came earlier here
     cut: Counter[str] = Counter()
-    rows = (row for group in batches(read_part(part), _length) for row in _without(group, paths, words, seen, cut))
-    write_part(paths.folder, number_of(part), rows, lambda: _tell(paths.cut(part), cut))
+    rows = (row for group in batched(read_part(part)) for row in _without(group, files, words, seen, cut))
+    write_part(files.folder, number_of(part), rows, lambda: {"cut": cut.total(), "often": dict(cut.most_common(REMEMBERED))})
 
 
-def _tell(path: Path, cut: Counter[str]) -> None:
-    path.write_text(json.dumps([cut.total(), dict(cut.most_common(REMEMBERED))]), "utf-8")
-
-
-def _without(rows: list[Row], paths: _Paths, words: int, seen: np.ndarray, cut: Counter[str]) -> Iterator[Row | Dropped]:
+def _without(rows: list[Row], files: Place, words: int, seen: np.ndarray, cut: Counter[str]) -> Iterator[Row | Dropped]:
     found = _grams(rows, words)
-    chosen, place = runs.among(runs.load(paths.all_repeated), found.hash)
+    chosen, place = runs.among(runs.load(files.of("repeated")), found.hash)
     _, first = np.unique(place, return_index=True)
     again = seen[place]
     again[np.setdiff1d(np.arange(len(place)), first)] = True
@@ -220,11 +183,9 @@ def _shortened(row: Row, spans: Sequence[_Span], cut: Counter[str]) -> Row | Dro
     return replace(row, text=text) if text else Dropped(row, ALL)
 
 
-def _evidence(paths: _Paths) -> dict[str, Any]:
+def _evidence(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How often something was cut, and the beginnings of what was cut most often."""
-    total, often = 0, Counter[str]()
-    for part in paths.parts:
-        count, some = json.loads(paths.cut(part).read_text("utf-8"))
-        total += count
-        often.update(some)
-    return {"cut": total, "passages": [[text, times] for text, times in often.most_common(SHOWN)]}
+    often: Counter[str] = Counter()
+    for part in told:
+        often.update(part["often"])
+    return {"cut": sum(part["cut"] for part in told), "passages": [[text, times] for text, times in often.most_common(SHOWN)]}

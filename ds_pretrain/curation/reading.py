@@ -7,7 +7,6 @@ line feeds, and control characters go. The price: one file is one worker's, so a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
@@ -42,7 +41,7 @@ class Part:
         if not self.files:
             return [fingerprint(self.source)]
         stats = [os.stat(file) for file in self.files]
-        return [[_shown(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
+        return [[corpus.shown_name(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
 
 
 def read(sources: Sequence[str], out: Path, workers: Workers, text_field: str = "text") -> Folder:
@@ -56,7 +55,7 @@ def read(sources: Sequence[str], out: Path, workers: Workers, text_field: str = 
     def do(work: Work) -> dict[str, Any]:
         reads = partial(_read, work.folder, text_field)
         work.each("parts", found, reads, lambda part: work.kept(part.number))
-        return _accounts(work.folder, found)
+        return _accounts(work, found)
 
     return step("read", out, None, {**asked, "text_field": text_field}, workers, do)
 
@@ -68,21 +67,9 @@ def parts(sources: Sequence[str]) -> list[Part]:
         if source.startswith(("embedded", "datasets:")):
             found.append((source, ()))
         else:
-            found += [(source, files) for files in _grouped(corpus.list_files(source))]
+            groups = corpus.grouped(corpus.list_files(source), lambda file: file.stat().st_size, PART)
+            found += [(source, tuple(map(str, files))) for files in groups]
     return [Part(number, source, files) for number, (source, files) in enumerate(found)]
-
-
-def _grouped(files: Sequence[Path]) -> Iterator[tuple[str, ...]]:
-    group: list[str] = []
-    size = 0
-    for file in files:
-        group.append(str(file))
-        size += file.stat().st_size
-        if size >= PART:
-            yield tuple(group)
-            group, size = [], 0
-    if group:
-        yield tuple(group)
 
 
 def normalised(text: str) -> str:
@@ -98,12 +85,13 @@ def _read(folder: Path, text_field: str, part: Part) -> None:
     ledger = Ledger(quarantine)
     before = part.state()
 
-    def account() -> None:
+    def tell() -> dict[str, Any]:
         if part.state() != before:
             raise ValueError(f"{part.files[0]} or a file near it changed while it was read: run the same command again")
-        _account(folder, part, ledger)
+        kept = ledger.kept.total()
+        return {"kept": kept, **{name: getattr(ledger, name) for name in ("refused", "inputs", "licences", "notes")}}
 
-    write_part(folder, part.number, _rows(part, ledger, text_field), account)
+    write_part(folder, part.number, _rows(part, ledger, text_field), tell)
 
 
 def _rows(part: Part, ledger: Ledger, text_field: str) -> Iterator[Row]:
@@ -114,7 +102,7 @@ def _rows(part: Part, ledger: Ledger, text_field: str) -> Iterator[Row]:
     )
     place = part.number << SHIFT
     for each in documents:
-        text, file = normalised(each.text), _shown(each.file)
+        text, file = normalised(each.text), corpus.shown_name(each.file)
         if text.strip():
             yield Row(place, text, each.source, file, each.line)
             place += 1
@@ -123,31 +111,11 @@ def _rows(part: Part, ledger: Ledger, text_field: str) -> Iterator[Row]:
             ledger.refuse(file, each.line, "empty", each.text)
 
 
-def _shown(file: str) -> str:
-    """The name of a file, spelled out where it is no UTF-8."""
-    return os.fsencode(file).decode("utf-8", "backslashreplace")
-
-
-def _account(folder: Path, part: Part, ledger: Ledger) -> None:
-    """What the ledger has of a part, beside it until the report is made."""
-    kept = ledger.kept.total()
-    content = {
-        "kept": kept,
-        "refused": ledger.refused,
-        "inputs": ledger.inputs,
-        "licences": ledger.licences,
-        "notes": ledger.notes,
-    }
-    (folder / "work").mkdir(exist_ok=True)
-    (folder / "work" / f"account-{part.number:05d}.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def _accounts(folder: Path, found: Sequence[Part]) -> dict[str, Any]:
-    """All of them together. ValueError if a source has no document at all."""
+def _accounts(work: Work, found: Sequence[Part]) -> dict[str, Any]:
+    """What the ledgers of all parts have together. ValueError if a source has no document at all."""
     refused, notes, kept = Counter[str](), list[str](), Counter[str]()
     licences, inputs = dict[str, str](), dict[str, str]()
-    for part in found:
-        told = json.loads((folder / "work" / f"account-{part.number:05d}.json").read_bytes())
+    for part, told in zip(found, work.told(), strict=True):
         refused.update(told["refused"])
         kept[part.source] += told["kept"]
         licences, inputs, notes = licences | told["licences"], inputs | told["inputs"], notes + told["notes"]

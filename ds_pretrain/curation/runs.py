@@ -59,10 +59,18 @@ def bucket(runs: Sequence[Path], number: int, count: int) -> np.ndarray:
     return merged[np.lexsort((merged["number"], merged["check"], merged["key"]))]
 
 
+def begins(*columns: np.ndarray) -> np.ndarray:
+    """bool [n]: where an entry of sorted columns differs from the one before it."""
+    new = np.zeros(len(columns[0]), dtype=bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return new
+
+
 def copies(entries: np.ndarray) -> np.ndarray:
     """int64 [n, 3] for each entry but the first of equal (key, check): the number of the first, the one before, and its own."""
-    new = np.ones(len(entries), dtype=bool)
-    new[1:] = (entries["key"][1:] != entries["key"][:-1]) | (entries["check"][1:] != entries["check"][:-1])
+    new = begins(entries["key"], entries["check"])
     later = np.flatnonzero(~new)
     first = np.flatnonzero(new)[np.cumsum(new)[later] - 1]
     return np.stack([entries["number"][at] for at in (first, later - 1, later)], axis=1)
@@ -70,7 +78,7 @@ def copies(entries: np.ndarray) -> np.ndarray:
 
 def once(ordered: np.ndarray) -> np.ndarray:
     """Sorted values, each once."""
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+    return ordered[begins(ordered)]
 
 
 def among(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,4 +93,4 @@ def among(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def distinct(pairs: np.ndarray) -> np.ndarray:
     """The rows of an [n, 2] array, sorted and each once."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    return pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))[: len(pairs)]]
+    return pairs[begins(*pairs.T)]

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, number_of, read_part, step, write_part
-from ds_pretrain.curation.shingles import batches
+from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, batched, number_of, read_part, step, write_part
 from ds_pretrain.curation.workers import Workers
 
 Scorer = Callable[[Sequence[str]], list[float]]
@@ -43,7 +42,7 @@ def perplexity(
     def do(work: Work) -> dict[str, Any]:
         scored = [_scores(work.folder, part) for part in before.parts]
         work.each("score", before.parts, partial(_score, work.folder, scorer), partial(_scores, work.folder))
-        work.each("write", before.parts, partial(_cut, work.folder, most, least), lambda part: work.kept(number_of(part)))
+        work.write("write", partial(_cut, work.folder, most, least))
         bits = np.concatenate([np.zeros(0), *(runs.load(path)["bits_per_byte"] for path in scored)])
         kept = ~(_over(bits, most) | _under(bits, least))
         return {"bits_per_byte": {"before": _quantiles(bits), "after": _quantiles(bits[kept])}}
@@ -66,7 +65,7 @@ def _scores(folder: Path, part: Path) -> Path:
 
 def _score(folder: Path, scorer: Callable[[], Scorer], part: Path) -> None:
     score, found = scorer(), list[tuple[int, float]]()
-    for rows in batches(read_part(part), lambda row: len(row.text)):
+    for rows in batched(read_part(part)):
         found += zip([row.number for row in rows], score([row.text for row in rows]), strict=True)
     scores = np.array(found, dtype=SCORE)
     if strange := scores["number"][~np.isfinite(scores["bits_per_byte"])].tolist():

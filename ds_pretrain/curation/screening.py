@@ -6,7 +6,6 @@ break each rule at all, and how many lines were taken out by which.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,27 +27,17 @@ def screening(before: Folder, out: Path, workers: Workers, rules: Sequence[Rules
     asked = {"rules": [[type(each).__name__, asdict(each)] for each in rules], "label": list(label)}  # type: ignore[call-overload]
 
     def do(work: Work) -> dict[str, Any]:
-        screens = partial(_screen, work.folder, tuple(rules), tuple(label))
-        work.each("screen", before.parts, screens, lambda part: work.folder / "kept" / part.name)
-        told = [json.loads(_told(work.folder, part).read_bytes()) for part in before.parts]
+        work.write("screen", partial(_screen, work.folder, tuple(rules), tuple(label)))
+        told = work.told()
         return {what: dict(sum((Counter(each[what]) for each in told), Counter())) for what in COUNTED}
 
     return step("screen", out, before, asked, workers, do)
 
 
-def _told(folder: Path, part: Path) -> Path:
-    return folder / "work" / f"{part.stem}.json"
-
-
 def _screen(folder: Path, rules: Sequence[Rules], label: Sequence[Label], part: Path) -> None:
     counts: dict[str, Counter[str]] = {what: Counter() for what in COUNTED}
     rows = (_judged(row, rules, label, counts) for row in read_part(part))
-
-    def tell() -> None:
-        _told(folder, part).parent.mkdir(exist_ok=True)
-        _told(folder, part).write_text(json.dumps(counts), "utf-8")
-
-    write_part(folder, number_of(part), rows, tell)
+    write_part(folder, number_of(part), rows, lambda: counts)
 
 
 def _judged(row: Row, rules: Sequence[Rules], label: Sequence[Label], counts: dict[str, Counter[str]]) -> Row | Dropped:

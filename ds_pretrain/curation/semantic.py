@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from ds_pretrain.core import rng
 from ds_pretrain.curation import runs
-from ds_pretrain.curation.documents import Folder, Work, read_part, step
-from ds_pretrain.curation.duplicates import Workplace, clusters, drop, gathered, rows_of
-from ds_pretrain.curation.shingles import batches
+from ds_pretrain.curation.documents import Folder, Place, Work, batched, read_part, step
+from ds_pretrain.curation.duplicates import clusters, drop, gathered, rows_of
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data.store import file_digest
 
@@ -65,18 +65,18 @@ def semantic(before: Folder, out: Path, workers: Workers, model: Path, threshold
     asked = {"model": model.name, "digest": _digest(model), "threshold": threshold, "groups": groups}
 
     def do(work: Work) -> dict[str, Any]:
-        paths = Workplace(work)
-        work.each("embed", paths.parts, partial(_embed, paths, model), partial(_embedded, paths))
-        total = sum(len(runs.load(_embedded(paths, part))) for part in paths.parts)
+        place = work.place
+        work.each("embed", place.parts, partial(_embed, place, model), partial(place.of, "embedded"))
+        total = sum(len(runs.load(place.of("embedded", part))) for part in place.parts)
         count = min(groups or max(1, round(total**0.5)), total)
-        work.each("group", [count], partial(_fit, paths, total), lambda _: _centres(paths))
-        work.each("assign", paths.parts, partial(_assign, paths), paths.run)
+        work.each("group", [count], partial(_fit, place, total), lambda _: place.of("centres"))
+        work.each("assign", place.parts, partial(_assign, place), partial(place.of, "run"))
         chunks = list(enumerate(pairwise(np.linspace(0, count, 2 + total // AT_ONCE).round().astype(int).tolist())))
-        work.each("compare", chunks, partial(_compare, paths, threshold), lambda chunk: paths.of("nearest", chunk[0]))
-        nearest = gathered(paths, "nearest", range(len(chunks)))
+        work.each("compare", chunks, partial(_compare, place, threshold), lambda chunk: place.of("nearest", chunk[0]))
+        nearest = gathered(place, "nearest", range(len(chunks)))
         passed = nearest[nearest["cosine"] >= threshold]
         copies = clusters(_pairs(passed))
-        return drop(work, paths, "semantic copy", copies) | _evidence(paths, nearest, passed, count)
+        return drop(work, "semantic copy", copies) | _evidence(place, nearest, passed, count)
 
     return step("semantic", out, before, asked, workers, do)
 
@@ -115,14 +115,6 @@ def _pooling(model: Path) -> str:
 
 def _json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_bytes()) if path.exists() else otherwise
-
-
-def _embedded(paths: Workplace, part: Path) -> Path:
-    return paths.work / f"embedded-{part.stem}.npy"
-
-
-def _centres(paths: Workplace) -> Path:
-    return paths.work / "centres.npy"
 
 
 @contextmanager
@@ -209,23 +201,21 @@ def _excerpt(text: str) -> str:
     return "\n".join(text[start : start + size] for start in starts)
 
 
-def _embed(paths: Workplace, model: Path, part: Path) -> None:
+def _embed(place: Place, model: Path, part: Path) -> None:
     encoder = Encoder.load(model)
     dtype = np.dtype([("number", "<i8"), ("vector", "<f4", (encoder.width,))])
     made = [np.zeros(0, dtype)]
     with _one_thread():
-        for rows in batches(read_part(part), lambda row: len(row.text)):
+        for rows in batched(read_part(part)):
             some = np.empty(len(rows), dtype)
             some["number"], some["vector"] = [row.number for row in rows], encoder([row.text for row in rows])
             made.append(some)
-    runs.save(_embedded(paths, part), np.concatenate(made))
+    runs.save(place.of("embedded", part), np.concatenate(made))
 
 
 def kmeans(points_ND: np.ndarray, count: int) -> np.ndarray:
     """Centres [K, D] of points on the sphere (spherical k-means, Dhillon and Modha 2001), from `count` of them that a key
     chooses. One that loses all its points stays where it was."""
-    from ds_pretrain.core import rng
-
     chosen = rng.generator("semantic", len(points_ND), count).choice(len(points_ND), count, replace=False)
     centres_KD, was = points_ND[np.sort(chosen)], np.zeros(0)
     for _ in range(TURNS):
@@ -252,40 +242,40 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(one) @ torch.from_numpy(other).T).numpy()
 
 
-def _fit(paths: Workplace, total: int, count: int) -> None:
+def _fit(place: Place, total: int, count: int) -> None:
     """Centres of all documents, or of `FITTED` for each, evenly taken."""
     every = max(1, total // (FITTED * max(1, count)))
-    points = np.concatenate([runs.load(_embedded(paths, part))["vector"][::every] for part in paths.parts])
+    points = np.concatenate([runs.load(place.of("embedded", part))["vector"][::every] for part in place.parts])
     with _one_thread():
-        runs.save(_centres(paths), kmeans(points, count) if count else points)
+        runs.save(place.of("centres"), kmeans(points, count) if count else points)
 
 
-def _assign(paths: Workplace, part: Path) -> None:
+def _assign(place: Place, part: Path) -> None:
     """The groups of a part's documents, sorted, and where each document lies in its part."""
-    vectors = np.ascontiguousarray(runs.load(_embedded(paths, part))["vector"])
+    vectors = np.ascontiguousarray(runs.load(place.of("embedded", part))["vector"])
     with _one_thread():
-        group = _nearest_centre(vectors, np.array(runs.load(_centres(paths)))) if len(vectors) else np.zeros(0, np.int64)
+        group = _nearest_centre(vectors, np.array(runs.load(place.of("centres")))) if len(vectors) else np.zeros(0, np.int64)
     assigned = np.empty(len(group), dtype=[("group", "<i8"), ("at", "<i8")])
     assigned["at"] = np.argsort(group, kind="stable")
     assigned["group"] = group[assigned["at"]]
-    runs.save(paths.run(part), assigned)
+    runs.save(place.of("run", part), assigned)
 
 
-def _compare(paths: Workplace, threshold: float, chunk: tuple[int, tuple[int, int]]) -> None:
+def _compare(place: Place, threshold: float, chunk: tuple[int, tuple[int, int]]) -> None:
     """For each document of some groups the nearest before it."""
     number, span = chunk
     slices = []
-    for part in paths.parts:
-        assigned = runs.load(paths.run(part))
+    for part in place.parts:
+        assigned = runs.load(place.of("run", part))
         low, high = np.searchsorted(assigned["group"], span)
-        slices.append((assigned["group"][low:high], runs.load(_embedded(paths, part))[assigned["at"][low:high]]))
+        slices.append((assigned["group"][low:high], runs.load(place.of("embedded", part))[assigned["at"][low:high]]))
     group = np.concatenate([group for group, _ in slices])
     order = np.argsort(group, kind="stable")
     documents = np.concatenate([documents for _, documents in slices])[order]
     ends = np.searchsorted(group[order], np.arange(span[0], span[1] + 1)).tolist()
     with _one_thread():
         found = [nearest(documents[a:b], threshold) for a, b in pairwise(ends)]
-    runs.save(paths.of("nearest", number), np.concatenate([np.zeros(0, NEAREST), *found]))
+    runs.save(place.of("nearest", number), np.concatenate([np.zeros(0, NEAREST), *found]))
 
 
 def nearest(documents: np.ndarray, threshold: float) -> np.ndarray:
@@ -310,13 +300,13 @@ def _pairs(passed: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def _evidence(paths: Workplace, nearest: np.ndarray, passed: np.ndarray, count: int) -> dict[str, Any]:
+def _evidence(place: Place, nearest: np.ndarray, passed: np.ndarray, count: int) -> dict[str, Any]:
     """How many pairs, how large the groups are, what other thresholds would drop, and the pairs nearest to this one."""
-    groups = [np.bincount(runs.load(paths.run(part))["group"], minlength=count) for part in paths.parts]
+    groups = [np.bincount(runs.load(place.of("run", part))["group"], minlength=count) for part in place.parts]
     sizes = np.sort(np.sum(groups, axis=0))
     shown = np.sort(passed, order=("cosine", "number"))[:SHOWN]
     wanted = np.unique(np.concatenate([shown["number"], shown["of"]]))
-    text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(paths, wanted)}
+    text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(place, wanted)}
     return {
         "pairs": int(passed["pairs"].sum()),
         "groups": {"count": count, **{f"{share:.0%}": int(np.quantile(sizes, share)) for share in (0, 0.5, 0.9, 1) if count}},

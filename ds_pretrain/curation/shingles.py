@@ -19,6 +19,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from ds_pretrain.core import rng
+from ds_pretrain.data import corpus
+
 T = TypeVar("T", bound=Any)
 Unit = Literal["word", "char"]
 BATCH = 1 << 18
@@ -75,7 +78,7 @@ class Grams:
         inside_b = (_CLASS > 0)[bytes_b]
         begin, end = _edges(inside_b) if self.unit == "word" else _characters(bytes_b, inside_b)
         sums_b = np.cumsum(_CLASS[bytes_b] * _powers(len(bytes_b)), dtype=np.uint64)
-        hash_w = mixed((sums_b[end - 1] - sums_b[begin - 1]) * _inverses(len(bytes_b))[begin])
+        hash_w = rng.mixed((sums_b[end - 1] - sums_b[begin - 1]) * _inverses(len(bytes_b))[begin])
         text_w = np.searchsorted(first, begin, side="right") - 1
         return Units(text_w, begin - first[text_w], end - first[text_w], hash_w)
 
@@ -93,28 +96,12 @@ class Grams:
             whole[count - k :] = False
         alone = np.diff(text, prepend=-1) > 0  # the first of each text, whose n-gram may be short
         chosen = np.flatnonzero(whole | alone)
-        return Shingles(text[chosen], chosen, mixed(sums[chosen]), whole[chosen])
+        return Shingles(text[chosen], chosen, rng.mixed(sums[chosen]), whole[chosen])
 
 
 def batches(texts: Iterable[T], length: Callable[[T], int] = len) -> Iterator[list[T]]:
     """Texts, or what has one, in groups of about `BATCH` characters."""
-    group: list[T] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += length(text)
-        if size >= BATCH:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every input bit reaches every output bit. Wraps around by intent."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return corpus.grouped(texts, length, BATCH)
 
 
 def _spaced(text: str) -> str:
@@ -138,7 +125,7 @@ def _characters(bytes_b: np.ndarray, inside_b: np.ndarray) -> tuple[np.ndarray, 
 
 def _classes() -> np.ndarray:
     """uint64 [256]: a random number for each byte, one for both cases of a letter, 0 for what separates."""
-    letters = mixed(np.arange(1, 257, dtype=np.uint64) * BASE) | np.uint64(1)
+    letters = rng.mixed(np.arange(1, 257, dtype=np.uint64) * BASE) | np.uint64(1)
     kept = np.array([b >= 0x80 or chr(b).isalnum() for b in range(256)])
     lower = np.array([ord(chr(b).lower()) if b < 0x80 else b for b in range(256)])
     return np.where(kept, letters[lower], 0).astype(np.uint64)
@@ -176,4 +163,4 @@ def _computed(base: int, count: int) -> np.ndarray:
 _OTHERS = "".join(c for c in map(chr, range(0x80, 0x10000)) if unicodedata.category(c)[0] in "PSZ")
 _BETWEEN = re.compile(f"[{re.escape(_OTHERS)}]+")
 _CLASS = _classes()
-_WEIGHTS = mixed(np.arange(1, 65, dtype=np.uint64)) | np.uint64(1)
+_WEIGHTS = rng.mixed(np.arange(1, 65, dtype=np.uint64)) | np.uint64(1)

@@ -21,15 +21,16 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ds_pretrain.core.registry import unknown
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 PACKED = ("", ".gz", ".zst")
+T = TypeVar("T")
 SOFT, HARD = 1 << 16, 1 << 20
 """Bytes after which a .txt document ends at the next blank line, and at the next line."""
 GIANT = 16 << 20
@@ -70,8 +71,7 @@ class Ledger:
             shown = head.decode("utf-8", "backslashreplace") if isinstance(head, bytes) else head
             shown = shown.encode("utf-8", "backslashreplace").decode()[:SHOWN]  # lone surrogates cannot be written
             with self.quarantine.open("a", encoding="utf-8") as out:
-                name = os.fsencode(file).decode("utf-8", "backslashreplace")
-                row = {"file": name, "line": line, "reason": reason, "head": shown}
+                row = {"file": shown_name(file), "line": line, "reason": reason, "head": shown}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def screen(self, text: str, source: str, file: str, line: int) -> Iterator[SourceText]:
@@ -81,6 +81,11 @@ class Ledger:
         else:
             self.kept[source] += 1
             yield SourceText(text, source, file, line)
+
+
+def shown_name(file: str) -> str:
+    """The name of a file, spelled out where it is no UTF-8."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def fault(text: str) -> str | None:
@@ -146,6 +151,20 @@ def _below(folder: Path) -> Iterator[Path]:
             raise ValueError(f"{inner} leads to {real}, which {folder} holds already: remove the link")
         seen.add(real)
         yield from (Path(inner, name) for name in names)
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items in order in groups; each ends with the item that brings its size to the limit."""
+    group: list[T] = []
+    held = 0
+    for item in items:
+        group.append(item)
+        held += size(item)
+        if held >= limit:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def passed_over(source: str | Path, files: Sequence[Path]) -> list[str]:

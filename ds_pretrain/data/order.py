@@ -32,7 +32,7 @@ def permute(index: np.ndarray, n: int, *key: int | str) -> np.ndarray:
 def uniform(index: np.ndarray, *key: int | str) -> np.ndarray:
     """A number in [0, 1) for each index, a pure function of index and key."""
     first, second = rng.generator("uniform", *key).integers(1 << 63, size=2, dtype=np.uint64)
-    mixed = _mix(_mix(np.asarray(index).astype(np.uint64) + first) + second)
+    mixed = rng.mixed(rng.mixed(np.asarray(index).astype(np.uint64) + first) + second)
     return (mixed >> np.uint64(11)).astype(np.float64) / (1 << 53)
 
 
@@ -42,13 +42,6 @@ def _network(index: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     right, left = index & low_mask, index >> low
     for turn in range(0, ROUNDS, 2):
-        left ^= _mix(right + keys[turn]) & high_mask
-        right ^= _mix(left + keys[turn + 1]) & low_mask
+        left ^= rng.mixed(right + keys[turn]) & high_mask
+        right ^= rng.mixed(left + keys[turn + 1]) & low_mask
     return (left << low) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every input bit reaches every output bit. Wraps around by intent."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,7 +216,7 @@ class _Work:
                 )
                 for name in SPLITS
             }
-            for batch in _batches(self.read(Ledger())):
+            for batch in corpus.grouped(self.read(Ledger()), lambda document: len(document.text), BATCH):
                 texts = [document.text for document in batch]
                 for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
                     name = split_of(document.text, self.shares)
@@ -233,19 +233,6 @@ class _Work:
     def read(self, ledger: Ledger) -> Iterator[SourceText]:
         for name in self.names:
             yield from corpus.read(name, ledger, self.text_field)
-
-
-def _batches(documents: Iterable[SourceText]) -> Iterator[list[SourceText]]:
-    batch: list[SourceText] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _check(names: list[str], split: Sequence[float]) -> None:

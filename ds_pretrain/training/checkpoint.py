@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -71,7 +71,7 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     outcome: list[dict] | str
     try:
         attempt.mkdir(parents=True, exist_ok=True)
-        outcome = [write_file(attempt, name, data) for name, data in _files(engine)]
+        outcome = [write_file(attempt, *file) for file in packed(engine.mesh.rank, _pieces(engine))]
     except OSError as error:
         outcome = f"rank {engine.mesh.rank}: {error}"
     everyone = engine.mesh.gather(outcome)
@@ -95,20 +95,20 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     return final
 
 
-def _files(engine: Engine) -> Iterator[tuple[str, bytes]]:
-    """This rank's share as named safetensors files of bounded size."""
+def packed(rank: int, pieces: Iterable[tuple[Piece, Tensor]]) -> Iterator[tuple[str, bytes]]:
+    """A rank's pieces as named safetensors files of bounded size."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     size = number = 0
-    for piece, tensor in _pieces(engine):
+    for piece, tensor in pieces:
         key = str(len(tensors))
         tensors[key], metadata[key] = tensor.detach().cpu().contiguous(), json.dumps(asdict(piece))
         size += tensor.numel() * tensor.element_size()
         if size > FILE_BYTES:
-            yield f"rank-{engine.mesh.rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
+            yield f"rank-{rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
             tensors, metadata, size, number = {}, {}, 0, number + 1
     if tensors:
-        yield f"rank-{engine.mesh.rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
+        yield f"rank-{rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
 
 
 def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
@@ -124,6 +124,7 @@ def _pieces(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
 
 
 def write_file(folder: Path, name: str, data: bytes) -> dict[str, Any]:
+    """Write a file durably; its line of the manifest."""
     _write_synced(folder / name, data)
     return {"name": name, "bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
@@ -136,6 +137,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest and give the attempt its name."""
     body = json.dumps(manifest, indent=1, sort_keys=True)
     sealed = {"manifest": json.loads(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
     _write_synced(attempt / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())

@@ -13,14 +13,11 @@ than those of a fresh start.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ds_pretrain.core import rng
@@ -60,7 +57,8 @@ def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, d
     shutil.rmtree(attempt, ignore_errors=True)
     attempt.mkdir(parents=True)
     try:
-        files = [checkpoint.write_file(attempt, *file) for file in _files(snapshot, vocab, parts, seed)]
+        pieces = _pieces(snapshot, vocab, parts, seed)
+        files = [checkpoint.write_file(attempt, *file) for file in checkpoint.packed(0, pieces)]
         checkpoint.commit(attempt, final, manifest | {"files": files})
     except BaseException:
         shutil.rmtree(attempt, ignore_errors=True)
@@ -98,24 +96,14 @@ def _has_ids(name: str) -> bool:
     return name in TABLES or name.endswith(BIASES)
 
 
-def _files(snapshot: Snapshot, vocab: int, parts: Parts | None, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Everything as named safetensors files of bounded size."""
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    size = number = 0
+def _pieces(snapshot: Snapshot, vocab: int, parts: Parts | None, seed: int) -> Iterator[tuple[Piece, Tensor]]:
+    """Every parameter and moment as one piece."""
     for name, kind in snapshot.index:
         whole = snapshot.whole(name, kind)
         if _has_ids(name):
             whole = torch.cat([whole, _more(whole, name, kind, vocab, parts, seed)])
-        key, shape = str(len(tensors)), tuple(whole.shape)
-        tensors[key] = whole.reshape(-1).contiguous()
-        metadata[key] = json.dumps(asdict(Piece(kind, Shard(name, shape, shape), 0)))
-        size += whole.numel() * whole.element_size()
-        if size > checkpoint.FILE_BYTES:
-            yield f"rank-00000-{number:03d}.safetensors", to_bytes(tensors, metadata)
-            tensors, metadata, size, number = {}, {}, 0, number + 1
-    if tensors:
-        yield f"rank-00000-{number:03d}.safetensors", to_bytes(tensors, metadata)
+        shape = tuple(whole.shape)
+        yield Piece(kind, Shard(name, shape, shape), 0), whole.reshape(-1)
 
 
 def _more(whole: Tensor, name: str, kind: str, vocab: int, parts: Parts | None, seed: int) -> Tensor:

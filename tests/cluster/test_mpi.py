@@ -1,6 +1,5 @@
 """The data chain on two hosts under mpirun and ssh: the bytes of one process; a dead host is told, the next run goes on."""
 
-import hashlib
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ CHAIN = CURATION / "chain.py"
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 sys.path.insert(0, str(CURATION))
 
-from planted import jsonl, planted  # noqa: E402
+from planted import digests, jsonl, planted  # noqa: E402
 
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MPIRUN = [Path(sys.executable).with_name("mpirun"), "--host", "host1:2,host2:1", "--mca", "btl_tcp_if_include", "eth0",
@@ -47,11 +46,6 @@ def expected(hosts, source, tmp_path_factory):
     ran = hosts.run("host1", [sys.executable, CHAIN, 1, source, out / "out"])
     assert ran.returncode == 0, ran.stderr
     return digests(out / "out")
-
-
-def digests(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_hosts_are_apart_and_reach_each_other(hosts):

@@ -1,5 +1,6 @@
 """Texts with known near-duplicates, and their similarity counted by hand."""
 
+import hashlib
 import json
 import random
 import re
@@ -49,3 +50,9 @@ def jsonl(path, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def digests(folder):
+    """Of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

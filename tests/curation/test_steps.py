@@ -1,6 +1,5 @@
 """Steps from folder to folder: what is dropped and why, the same bytes for any number of workers, and no work done twice."""
 
-import hashlib
 import json
 import os
 import platform
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from planted import edited, jaccard, jsonl, planted, words
+from planted import digests, edited, jaccard, jsonl, planted, words
 
 from ds_pretrain.curation import documents, reading, runs
 from ds_pretrain.curation.documents import Folder
@@ -26,11 +25,6 @@ from ds_pretrain.curation.workers import Workers, workers
 
 HERE = Workers(quiet=True)
 CHAIN = Path(__file__).with_name("chain.py")
-
-
-def digests(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def texts_of(folder):
