@@ -28,9 +28,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.data import corpus
-from ds_pretrain.data.prepare import SPLITS, prepare
-from ds_pretrain.data.store import Store
+from ds_pretrain.data.store import SPLITS, Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 
 out = Console(width=120, highlight=False)

@@ -15,6 +15,7 @@ be far larger than memory. The price: nothing is indexed, so `search` and `token
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,9 @@ from ds_pretrain.data.inspection import Lengths, check, listing, prefixes, searc
 from ds_pretrain.data.store import SUFFIXES, Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+FLOWING = re.sub(r"(?<=\S)\n(?=\S)", " ", __doc__ or "")
+"""The page of help, whose paragraphs are as wide as the terminal."""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=FLOWING)
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 Where = Annotated[Path, typer.Argument(metavar="STORE", help="A store's prefix, or a folder of stores.")]
 Named = Annotated[Path | None, typer.Option("--tokenizer", help="The tokenizer, where none lies in `tokenizer/` beside it.")]
@@ -234,22 +237,24 @@ def verify(path: Where) -> None:
     table, wrong = Table("store", "file", "bytes", "verdict"), 0
     found = prefixes(path)
     listed = listing(path)
-    with progress(
-        "verify", sum(os.path.getsize(f) for p in found for s in SUFFIXES if os.path.exists(f := f"{p}.{s}"))
-    ) as advance:
+    size = sum(os.path.getsize(f) for p in found for s in SUFFIXES if os.path.exists(f := f"{p}.{s}"))
+    with progress("verify", size) as advance:
         for prefix in found:
             for file, verdict in check(prefix, listed, advance):
                 wrong += bool(verdict)
-                size = f"{os.path.getsize(file):,}" if os.path.exists(file) else "-"
-                table.add_row(
-                    prefix.name, Path(file).name, size, f"[red]{escape(verdict)}[/]" if verdict else "[green]sound[/]"
-                )
+                has = f"{os.path.getsize(file):,}" if os.path.exists(file) else "-"
+                said = f"[red]{escape(verdict)}[/]" if verdict else "[green]sound[/]"
+                table.add_row(prefix.name, Path(file).name, has, said)
     out.print(table)
     for name in set(listed) - {prefix.name for prefix in found}:
         wrong += 1
         out.print(f"[red]manifest.json lists {escape(name)}, which is not in {path}[/]")
     if wrong:
+        out.print(f"[red]{wrong} wrong[/], see above: prepare the data again, or fetch those files again")
         raise typer.Exit(1)
+    stores = [Store(prefix, "sizes").info for prefix in found]
+    told = ", ".join(f"{sum(info[key] for info in stores):,} {key}" for key in ("documents", "tokens"))
+    out.print(f"[green]all is sound[/]: every byte of {len(stores)} store{'s'[: len(stores) > 1]}, {told}, {size:,} bytes")
 
 
 @app.command()
@@ -282,7 +287,7 @@ def adopt(
 def main() -> None:
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True, highlight=False).print(f"[red]error[/]: {escape(str(error))}")
         sys.exit(2)
 

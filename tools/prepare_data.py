@@ -1,20 +1,27 @@
 #!/usr/bin/env python3
 """From raw text to stores that can be trained on: one chain of steps, or each alone.
 
-    read -> screen -> perplexity -> exact -> passages -> near -> semantic -> decontaminate -> store
+In this order:
+    read -> screen -> perplexity -> exact -> near ->
+    passages -> semantic -> decontaminate -> store
 
 `run` does the chain; every other command is one step, from a folder of documents to the next. A step that was stopped goes on
 where it was, one that is done is not done again, and the bytes are the same however many work on it:
 
-    python tools/prepare_data.py run corpus/ -o data/clean --rules gopher,gopher_repetition --near 0.7 --jobs 8
-    mpirun -n 9 python -m mpi4py tools/prepare_data.py run corpus/ -o data/clean --near 0.7
+    python tools/prepare_data.py run corpus/ -o data/clean \\
+        --rules gopher,gopher_repetition --passages 50 --jobs 8
+    mpirun -n 9 python -m mpi4py tools/prepare_data.py run ...
     ds-pretrain train quickstart data.path=data/clean/data
 
-What is kept and what is dropped, with reasons, is parquet (STEP/kept, STEP/dropped); what happened is in report.md.
+Of N ranks of mpirun N - 1 work and one leads; where it finds too few slots, say how many each host has (--host a:8,b:8) or add
+--oversubscribe. What is kept and what is dropped, with reasons, is parquet (STEP/kept, STEP/dropped); what happened is in
+report.md.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +44,11 @@ from ds_pretrain.curation.language import Languages
 from ds_pretrain.curation.minhash import MinHash
 from ds_pretrain.curation.passages import check as check_passages
 from ds_pretrain.curation.passages import passages as cut_passages
+from ds_pretrain.curation.prepare import check as check_store
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.curation.quality import RULES, Rules
 from ds_pretrain.curation.reading import read as read_sources
-from ds_pretrain.curation.report import COLUMNS, rows, write_report
+from ds_pretrain.curation.report import COLUMNS, rows, write_page, write_report
 from ds_pretrain.curation.scoring import Scorer
 from ds_pretrain.curation.scoring import check as check_bounds
 from ds_pretrain.curation.scoring import perplexity as drop_strange
@@ -50,44 +59,100 @@ from ds_pretrain.curation.semantic import semantic as drop_semantic
 from ds_pretrain.curation.shingles import Grams
 from ds_pretrain.curation.workers import Workers, workers
 from ds_pretrain.data import corpus
+from ds_pretrain.data.sources import is_path
 from ds_pretrain.data.tokenizer import TextTokenizer
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
-)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-ORDER = ("read", "screen", "perplexity", "exact", "passages", "near", "semantic", "decontaminate")
+FLOWING = re.sub(r"(?<=\S)\n(?=\S)", " ", __doc__ or "")
+"""The page of help, whose paragraphs are as wide as the terminal."""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=FLOWING)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+ORDER = ("read", "screen", "perplexity", "exact", "near", "passages", "semantic", "decontaminate")
+"""Of a chain. Copies go before passages are cut: what is left of them would resemble nothing."""
 ROWS = 8
 """Documents that are scored at once."""
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+"""Where launchers tell a process its rank."""
+
+QUALITY, MODEL, COPIES, PASSAGES, MEANING, BENCHMARK, STORES = (
+    "screen: rules of quality", "perplexity: by a model of your own", "near: copies that differ a little",
+    "passages: what repeats inside of documents", "semantic: copies in meaning", "decontaminate: what a benchmark has too",
+    "store: tokenizer and splits",
+)  # fmt: skip
+"""Panels of help, in the order of the chain."""
 
 Sources = Annotated[
     list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet; .gz, .zst), datasets:NAME, embedded.")
 ]
 Before = Annotated[Path, typer.Argument(metavar="DOCUMENTS", help="The folder of a finished step.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
-Jobs = Annotated[int, typer.Option(help="Processes; under mpirun its ranks.")]
+Jobs = Annotated[int, typer.Option(help="Processes, a core for each; mpirun's ranks count instead.")]
 TextField = Annotated[str, typer.Option(help="Field of the text in jsonl and parquet.")]
 Chosen = Annotated[
-    str, typer.Option("--rules", help=f"Rule sets, comma-separated: {', '.join(sorted(set(RULES) - {'language'}))}.")
+    str,
+    typer.Option(
+        "--rules",
+        help=f"Rule sets, comma-separated: {', '.join(sorted(set(RULES) - {'language'}))}.",
+        rich_help_panel=QUALITY,
+    ),
 ]
-Language = Annotated[str, typer.Option(help="Keep these languages only, such as en,de (needs py3langid).")]
-Labels = Annotated[str, typer.Option("--labels", help="Write down of each document: language, tier (comma-separated).")]
+Language = Annotated[
+    str, typer.Option(help="Keep these languages only, such as en,de (needs py3langid).", rich_help_panel=QUALITY)
+]
+Labels = Annotated[
+    str,
+    typer.Option("--labels", help="Write down of each document: language, tier (comma-separated).", rich_help_panel=QUALITY),
+]
 Threshold = Annotated[
-    float, typer.Option("--near", help="Jaccard similarity from which documents are near copies; 0: none is.")
+    float,
+    typer.Option("--near", help="Jaccard similarity from which documents are near copies; 0: none is.", rich_help_panel=COPIES),
 ]
-Unit = Annotated[str, typer.Option(help="What n-grams are made of: word, or char for scripts without spaces.")]
-Ngram = Annotated[int, typer.Option(help="Units of an n-gram of near copies.")]
-Passage = Annotated[int, typer.Option("--passages", help="Cut what repeats over so many words (50 is usual); 0: nothing.")]
-Judge = Annotated[Path | None, typer.Option("--perplexity", help="Score documents by this finished causal run (its output).")]
-Most = Annotated[float | None, typer.Option(help="Bits per byte above which a document is too strange; none: no bound.")]
-Least = Annotated[float | None, typer.Option(help="Bits per byte below which a document is too easy; none: no bound.")]
+Unit = Annotated[
+    str, typer.Option(help="What n-grams are made of: word, or char for scripts without spaces.", rich_help_panel=COPIES)
+]
+Ngram = Annotated[int, typer.Option(help="Units of an n-gram.", rich_help_panel=COPIES)]
+Passage = Annotated[
+    int,
+    typer.Option("--passages", help="Cut what repeats over so many words (50 is usual); 0: nothing.", rich_help_panel=PASSAGES),
+]
+Judge = Annotated[
+    Path | None,
+    typer.Option("--perplexity", help="Score documents by this finished causal run (its output).", rich_help_panel=MODEL),
+]
+Most = Annotated[
+    float | None,
+    typer.Option(help="Bits per byte above which a document is too strange; none: no bound.", rich_help_panel=MODEL),
+]
+Least = Annotated[
+    float | None,
+    typer.Option(help="Bits per byte below which a document is too easy; none: no bound.", rich_help_panel=MODEL),
+]
 Embedder = Annotated[
-    Path | None, typer.Option("--semantic", help="Drop copies in meaning by this sentence embedding model (a local folder).")
+    Path | None,
+    typer.Option(
+        "--semantic",
+        help="Drop copies in meaning by this sentence embedding model (a local folder).",
+        rich_help_panel=MEANING,
+    ),
 ]
-Cosine = Annotated[float, typer.Option(help="Cosine similarity from which documents are copies in meaning.")]
-Groups = Annotated[int, typer.Option(help="Groups that copies in meaning are looked for in; 0: the root of the documents.")]
-Against = Annotated[list[str] | None, typer.Option(help="Texts of a benchmark to be tested on; may be given again.")]
-Split = Annotated[str, typer.Option(help="Shares of train, validation and test.")]
+Cosine = Annotated[
+    float, typer.Option(help="Cosine similarity from which documents are copies in meaning.", rich_help_panel=MEANING)
+]
+Groups = Annotated[
+    int,
+    typer.Option(
+        help="Groups that copies in meaning are looked for in; 0: the root of the documents.", rich_help_panel=MEANING
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(help="Texts of a benchmark to be tested on; may be given again.", rich_help_panel=BENCHMARK),
+]
+Tokenizer = Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.", rich_help_panel=STORES)]
+Kind = Annotated[
+    str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.", rich_help_panel=STORES)
+]
+Vocab = Annotated[int, typer.Option(help="Vocabulary to train.", rich_help_panel=STORES)]
+Split = Annotated[str, typer.Option(help="Shares of train, validation and test.", rich_help_panel=STORES)]
 
 Shares = tuple[float, float, float]
 
@@ -125,39 +190,57 @@ def how(threshold: float, unit: str, n: int) -> MinHash:
 
 @dataclass(frozen=True)
 class Judged:
-    """Makes scorers by a finished run. checkpoint: which one, and its digest."""
+    """Makes scorers by a run. checkpoint: its name and digest; the newest when this was made. tokenizer: its digest."""
 
     output: Path = field(repr=False)
     checkpoint: str
+    tokenizer: str
+    seq_len: int
 
     @classmethod
     def of(cls, output: Path) -> Judged:
         """ValueError where there is no run, or one whose loss is no likelihood."""
-        from ds_pretrain.data.store import file_digest
         from ds_pretrain.training.checkpoint import newest
 
-        likelihood(output)
+        config, _ = likelihood(output)
         path = newest(output / "checkpoints")
         if path is None:
             raise ValueError(f"no checkpoint in {output / 'checkpoints'}: train the run first")
-        return cls(output, f"{path.name} {file_digest(path / 'manifest.json')}")
+        return cls(output, named(path), tokenizer_of(config).digest, config.batch.seq_len)
 
     def __call__(self) -> Scorer:
-        import torch
-
-        from ds_pretrain.parallel.mesh import Place, start
+        from ds_pretrain.parallel.launch import Place
+        from ds_pretrain.parallel.mesh import start
         from ds_pretrain.training.inference import FrozenModel
 
-        torch.set_num_threads(1)  # sums in one order, whatever cores there are
         start(Place(0, 1, 0))  # a world of its own, under mpirun too
         config, objective = likelihood(self.output)
-        model = FrozenModel(self.output, config.make_objective()).under(objective)
-        tokenizer = TextTokenizer.load(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+        path = self.output / "checkpoints" / self.checkpoint.partition(" ")[0]
+        tokenizer = tokenizer_of(config)
+        now = (named(path) if path.exists() else "gone", tokenizer.digest, config.batch.seq_len)
+        if now != (self.checkpoint, self.tokenizer, self.seq_len):
+            raise ValueError(
+                f"{self.output} changed while it was used to score ({self} -> {now}): wait until its training has ended"
+            )
+        model = FrozenModel(self.output, config.make_objective(), checkpoint=path.name).under(objective)
         if (ids := model.build.model.vocab_size) != len(tokenizer):
             raise ValueError(
                 f"{self.output} was trained with {ids} ids, the tokenizer of its data has {len(tokenizer)} now: train it again"
             )
         return lambda texts: bits_per_byte(model, tokenizer, config.batch.seq_len, texts)
+
+
+def named(checkpoint: Path) -> str:
+    from ds_pretrain.data.store import file_digest
+
+    return f"{checkpoint.name} {file_digest(checkpoint / 'manifest.json')}"
+
+
+def tokenizer_of(config: Any) -> TextTokenizer:
+    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+    if not folder.exists():
+        raise ValueError(f"the run's tokenizer {folder} is not there: start this where the run was started")
+    return TextTokenizer.load(folder)
 
 
 def likelihood(output: Path) -> tuple[Any, Any]:
@@ -230,35 +313,38 @@ def show(steps: list[tuple[str, Folder]]) -> None:
 def run(
     sources: Sources,
     output: Out,
+    text_field: TextField = "text",
+    jobs: Jobs = 1,
     rules: Chosen = "",
     language: Language = "",
     labels_: Labels = "",
     judge: Judge = None,
     most: Most = None,
     least: Least = None,
-    passage: Passage = 0,
     threshold: Threshold = 0.7,
     unit: Unit = "word",
     ngram: Ngram = 5,
+    passage: Passage = 0,
     embedder: Embedder = None,
     cosine: Cosine = COSINE,
     groups: Groups = 0,
     against: Against = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
-    kind: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary to train.")] = 8192,
+    tokenizer: Tokenizer = None,
+    kind: Kind = "bpe",
+    vocab_size: Vocab = 8192,
     split: Split = "0.98,0.01,0.01",
-    text_field: TextField = "text",
-    jobs: Jobs = 1,
 ) -> None:
-    """The whole chain: OUTPUT/steps, OUTPUT/report.md, OUTPUT/data."""
+    """The whole chain: OUTPUT/data to train on, OUTPUT/report.md to read, OUTPUT/steps to look into.
 
+    A step takes part if an option of its panel asks for it; exact and near copies always go (--near 0: exact ones only).
+    """
+
+    for name in filter(is_path, [*sources, *(against or [])]):
+        corpus.list_files(name)
     screens, wanted_labels, shares = chosen(rules, language), labels(labels_), parsed(split)
+    check_store(kind, vocab_size, shares)
     alike = how(threshold, unit, ngram) if threshold else None
     scorer = judged(judge, most, least)
-    for name in against or []:
-        if not name.startswith(("datasets:", "embedded")):
-            corpus.list_files(name)
     if passage:
         check_passages(passage)
     if embedder:
@@ -276,23 +362,32 @@ def run(
         then("screen", screens or wanted_labels, lambda a, b: screening(a, b, team, screens, wanted_labels))
         then("perplexity", scorer, lambda a, b: drop_strange(a, b, team, scorer, most, least))
         then("exact", True, lambda a, b: drop_exact(a, b, team))
-        then("passages", passage, lambda a, b: cut_passages(a, b, team, passage))
         then("near", alike, lambda a, b: drop_near(a, b, team, alike))
+        then("passages", passage, lambda a, b: cut_passages(a, b, team, passage))
         then("semantic", embedder, lambda a, b: drop_semantic(a, b, team, embedder, cosine, groups))
         then("decontaminate", against, lambda a, b: clean_of(a, b, team, against or []))
         show(steps)
         err.print(f"report: {write_report(steps, output)}")
-        stores(steps[-1][1], output / "data", tokenizer, kind, vocab_size, shares)
+        stores(steps[-1][1], output / "data", team, tokenizer, kind, vocab_size, shares)
+        write_report(steps, output)  # now with the stores
 
     together(jobs, do)
 
 
-def stores(before: Folder, output: Path, tokenizer: str | None, kind: str, vocab_size: int, split: Shares) -> None:
-    from ds_pretrain.data.prepare import prepare
-
-    if not before.report["documents"]:
-        raise ValueError(f"{before.path} has no document left: its report.json and those before it say why")
-    prepare(before.path / "kept", output, tokenizer=tokenizer, kind=kind, vocab_size=vocab_size, split=split)  # type: ignore[arg-type]
+def stores(
+    before: Folder, output: Path, team: Workers, tokenizer: str | None, kind: str, vocab_size: int, split: Shares
+) -> None:
+    before.filled()
+    prepare(
+        before.path / "kept",
+        output,
+        tokenizer=tokenizer,
+        kind=kind,  # type: ignore[arg-type]
+        vocab_size=vocab_size,
+        split=split,
+        workers=team,
+    )
+    err.print(f"next: ds-pretrain train quickstart data.path={output}")
 
 
 @app.command()
@@ -346,20 +441,20 @@ def exact(documents: Before, output: Out, jobs: Jobs = 1) -> None:
 
 
 @app.command()
-def passages(
-    documents: Before, output: Out, words: Annotated[int, typer.Option(help="Words at least.")] = 50, jobs: Jobs = 1
-) -> None:
-    """Cut long passages that occurred before, such as licence headers."""
-    together(jobs, lambda team: show([("passages", cut_passages(Folder(documents), output, team, words))]))
-
-
-@app.command()
 def near(
     documents: Before, output: Out, threshold: Threshold = 0.7, unit: Unit = "word", ngram: Ngram = 5, jobs: Jobs = 1
 ) -> None:
     """Drop all but the first of documents that are nearly the same (MinHash-LSH, verified)."""
     asked = how(threshold, unit, ngram)
     together(jobs, lambda team: show([("near", drop_near(Folder(documents), output, team, asked))]))
+
+
+@app.command()
+def passages(
+    documents: Before, output: Out, words: Annotated[int, typer.Option(help="Words at least.")] = 50, jobs: Jobs = 1
+) -> None:
+    """Cut long passages that occurred before, such as licence headers."""
+    together(jobs, lambda team: show([("passages", cut_passages(Folder(documents), output, team, words))]))
 
 
 @app.command()
@@ -400,28 +495,32 @@ def decontaminate(
 def store(
     documents: Before,
     output: Out,
-    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
-    kind: Annotated[str, typer.Option(help="Kind of tokenizer to train: bpe, wordpiece, unigram or sp_bpe.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary to train.")] = 8192,
+    tokenizer: Tokenizer = None,
+    kind: Kind = "bpe",
+    vocab_size: Vocab = 8192,
     split: Split = "0.98,0.01,0.01",
+    jobs: Jobs = 1,
 ) -> None:
     """Documents to a tokenizer and memory-mapped stores, split by document."""
-    stores(Folder(documents), output, tokenizer, kind, vocab_size, parsed(split))
+    shares = parsed(split)
+    together(jobs, lambda team: stores(Folder(documents), output, team, tokenizer, kind, vocab_size, shares))
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a chain that `run` made.")]) -> None:
-    """Make report.md, report.json and the pictures of a chain again."""
-    steps = [(name, Folder(folder / "steps" / name)) for name in ORDER if (folder / "steps" / name).exists()]
+def report(folder: Annotated[Path, typer.Argument(help="What `run` made, or a single step.")]) -> None:
+    """Make report.md and its pictures: of a chain again, with report.json, of a single step for the first time."""
+    chain = [(name, Folder(folder / "steps" / name)) for name in ORDER if (folder / "steps" / name).exists()]
+    steps = chain or [(Folder(folder).report["request"]["step"], Folder(folder))]
     show(steps)
-    err.print(f"report: {write_report(steps, folder)}")
+    err.print(f"report: {(write_report if chain else write_page)(steps, folder)}")
 
 
 def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        if not any(int(os.environ.get(name) or 0) for name in RANKS):  # all ranks of mpirun find the same mistake
+            err.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
 
 

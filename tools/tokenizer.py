@@ -3,7 +3,9 @@
     python tools/tokenizer.py train en=en.txt zh=zh.txt -o both --vocab-size 16384 --temperature 3.33
     python tools/tokenizer.py compare en=en-test.txt zh=zh-test.txt -t both -t gpt2=gpt2/tokenizer.json --reference en
     python tools/tokenizer.py extend english zh.txt -o english+zh --pieces 4000
-    python tools/tokenizer.py resize runs/clm/checkpoints/step-1000 english+zh -o runs/wider
+    ds-pretrain prepare zh.txt -o data/zh --tokenizer english+zh
+    python tools/tokenizer.py resize runs/clm/checkpoints/step-1000 english+zh -o runs/wider --data data/zh
+    ds-pretrain train runs/wider/run.yaml
 
 A text is anything that `prepare` reads (txt, jsonl, parquet, each also .gz or .zst, folders, datasets:NAME), a tokenizer a
 folder that was saved here, or a tokenizer.json or tokenizer.model from elsewhere. NAME= in front names it in tables.
@@ -12,17 +14,21 @@ folder that was saved here, or a tokenizer.json or tokenizer.model from elsewher
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from ds_pretrain.curation.prepare import fewer
 from ds_pretrain.data import balance, corpus, tokenizer_report
 from ds_pretrain.data.tokenizer import TextTokenizer
 
@@ -35,6 +41,7 @@ err = Console(stderr=True, highlight=False)
 Texts = Annotated[list[str], typer.Argument(help="Texts as PATH or NAME=PATH: all that `ds-pretrain prepare` reads.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
 Field = Annotated[str, typer.Option(help="Field of the text in jsonl and parquet.")]
+DIGEST = re.compile("[0-9a-f]{32}")
 
 
 @app.command()
@@ -57,7 +64,7 @@ def train(
     with err.status(f"training {kind}"):
         made = TextTokenizer.train(balance.balance(sources, plan), vocab_size, kind)  # type: ignore[arg-type]
     _whole(output, made.save)
-    short = "" if len(made) == vocab_size else f" (not {vocab_size:,}: the text has no more that repeats)"
+    short = "" if len(made) == vocab_size else f" ({fewer(vocab_size)})"
     out.print(f"{output}: {len(made):,} ids{short}, digest {made.digest}")
 
 
@@ -127,26 +134,86 @@ def resize(
     ] = "pieces",
     data: Annotated[
         str | None,
-        typer.Option(help="Digest of the dataset to train on (PretrainingDataset.digest); left out, the result cannot resume."),
+        typer.Option(help="Folder prepared with TOKENIZER that training goes on with, or the digest that `train` asks for."),
     ] = None,
 ) -> None:
-    """Give a checkpoint rows for the ids of an extended tokenizer; it then lies in OUTPUT/checkpoints."""
+    """Give a checkpoint rows for the ids of an extended tokenizer; it then lies in OUTPUT/checkpoints.
+
+    With a folder of --data, OUTPUT/run.yaml is the run that goes on with it, from its beginning; without --data no run can.
+    """
     if rows not in ("pieces", "all"):
         raise ValueError(f"--rows {rows}: choose pieces or all")
     from ds_pretrain.data import extend as extension
     from ds_pretrain.training.resize import resize as run
 
     made = extension.load(tokenizer)
-    path = run(checkpoint, output, len(made.tokenizer), made.parts if rows == "pieces" else None, data)
+    follow = _Run.of(checkpoint, output, Path(data), made.tokenizer) if data and not DIGEST.fullmatch(data) else None
+    digest = follow.digest if follow else data
+    path = run(checkpoint, output, len(made.tokenizer), made.parts if rows == "pieces" else None, digest)
     out.print(f"{path}: {len(made.tokenizer):,} ids, {len(made.parts):,} of them new")
+    words = follow.write(path) if follow else _unnamed(checkpoint, tokenizer, output, digest, len(made.tokenizer))
+    out.print(f"next: {shlex.join(words)}", markup=False, soft_wrap=True)
+    if digest is None:
+        out.print("then: this command again, with --data DATA and another output")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The run that goes on with a resized checkpoint. digest: of its data. file: its settings, still to be written."""
+
+    file: Path
+    values: dict[str, Any]
+    digest: str
+
+    @classmethod
+    def of(cls, checkpoint: Path, output: Path, data: Path, tokenizer: TextTokenizer) -> _Run:
+        """By the run that made the checkpoint. ValueError where that is not known, or the data are not this tokenizer's."""
+        import yaml
+
+        from ds_pretrain.config import parse_run
+        from ds_pretrain.runs import training_data
+
+        was, file = checkpoint.parent.parent / "run.yaml", output / "run.yaml"
+        if not was.is_file():
+            raise ValueError(f"{was} does not exist, so the run of {checkpoint} is unknown: give --data a digest, or none")
+        if file.exists():
+            raise ValueError(f"{file} exists: choose another output, or remove it")
+        if not (data / "train.idx").is_file():
+            raise ValueError(f"{data} holds no prepared data: make it with ds-pretrain prepare TEXT -o {data} --tokenizer ...")
+        values = yaml.safe_load(was.read_text(encoding="utf-8"))
+        values |= {"output": str(output), "data": values["data"] | {"path": str(data), "tokenizer": None}}
+        values["model"] |= {"vocab": len(tokenizer)}
+        dataset = training_data(parse_run(values, str(was)))
+        if dataset.tokenizer.digest != tokenizer.digest:
+            raise ValueError(f"{data} was prepared with another tokenizer than the one given: prepare it with --tokenizer")
+        return cls(file, values, dataset.digest)
+
+    def write(self, checkpoint: Path) -> list[str]:
+        """The settings; returns what goes on with them, for as many steps again if all that were asked for are done."""
+        import yaml
+
+        _whole(self.file, lambda path: path.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8"))
+        step = int(checkpoint.name.removeprefix("step-"))
+        more = [f"train.max_steps={2 * step}"] if step >= self.values["train"]["max_steps"] else []
+        return ["ds-pretrain", "train", str(self.file), *more]
+
+
+def _unnamed(checkpoint: Path, tokenizer: Path, output: Path, digest: str | None, ids: int) -> list[str]:
+    """What goes on where no folder of data is named; capitals are to be filled in."""
+    if digest is None:
+        return ["ds-pretrain", "prepare", "TEXT", "-o", "DATA", "--tokenizer", str(tokenizer)]
+    was = checkpoint.parent.parent / "run.yaml"
+    run = str(was) if was.is_file() else "RUN"
+    return ["ds-pretrain", "train", run, "data.path=DATA", f"output={output}", f"model.vocab={ids}"]
 
 
 def _named(texts: list[str]) -> dict[str, str]:
-    """NAME=PATH, or PATH, whose name then is that of the file or folder."""
+    """NAME=PATH, or PATH, whose name then is that of the file or folder, or the one above a folder `tokenizer`."""
     found: dict[str, str] = {}
     for text in texts:
         name, given, path = text.partition("=")
-        name, path = (name, path) if given else (Path(text).name.partition(".")[0], text)
+        own = Path(text).parent if Path(text).name == "tokenizer" else Path(text)
+        name, path = (name, path) if given else (own.name.partition(".")[0], text)
         if name in found:
             raise ValueError(f"{found[name]} and {path} are both named {name}: put another name and = in front of one")
         found[name] = path

@@ -20,7 +20,7 @@ from ds_pretrain.curation.reading import normalised
 from ds_pretrain.curation.shingles import Grams, batches
 from ds_pretrain.curation.workers import Workers
 from ds_pretrain.data import corpus
-from ds_pretrain.data.prepare import fingerprint
+from ds_pretrain.data.sources import fingerprint
 
 WORDS = 13
 

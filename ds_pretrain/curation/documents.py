@@ -3,24 +3,23 @@
 Every step of the chain turns a folder into a folder, part by part, so each also runs alone, can be looked into with any
 parquet tool, and goes on where it was stopped:
 
-    STEP/kept/part-00000.parquet      what goes on, with a document's number, text and origin
-    STEP/dropped/part-00000.parquet   what does not, and why
+    STEP/kept/part-000000.parquet     what goes on, with a document's number, text and origin
+    STEP/dropped/part-000000.parquet  what does not, and why
     STEP/report.json                  counts, what was asked for, and digests of all of it; written last
 
 Until the report is written the folder is called STEP.unfinished. A part is written under another name first, so one that is
-there is whole. The price: text is copied by every step (zstd makes that a third of its size).
+there is whole, and holds at most some 32 MB of text, so that a step may hold one in memory: a larger file becomes part-000000,
+part-000000_00001 and so on; its pages have checksums. The price: text is copied by every step (zstd makes that a third of its
+size), and the process that leads holds a few numbers for each copy that is found, a kilobyte for each part.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,21 +28,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from ds_pretrain.core.files import beside, sync
 from ds_pretrain.curation.shingles import batches
+from ds_pretrain.curation.unfinished import otherwise, unfinished, write_json
 from ds_pretrain.curation.workers import Workers
 
-VERSION = 1
+VERSION = 3
 ROW_GROUP = 8 << 20
 """Characters of text that are in memory at once."""
-LOCK = "lock"
-SHIFT = 32
+SHIFT = 28
 """Bits of a document's number that count inside its part."""
+ROLLS = 1 << 14
+"""Parts that one unit of the sources may become."""
 U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One document on its way. number: part * 2^32 + place, the same for ever. line: where it began in its file."""
+    """One document on its way. number: part * 2^28 + place, the same for ever. line: where it began in its file."""
 
     number: int
     text: str
@@ -81,8 +83,8 @@ class _Table:
 
     def __enter__(self) -> _Table:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        self._file = pq.ParquetWriter(self._beside, self.schema, compression="zstd")
+        self._beside = beside(self.path)
+        self._file = pq.ParquetWriter(self._beside, self.schema, compression="zstd", write_page_checksum=True)
         return self
 
     def add(self, row: tuple[Any, ...]) -> None:
@@ -103,9 +105,8 @@ class _Table:
                 self._flush()
             self._file.close()
             if kind is None:
-                with self._beside.open("rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(self._beside, self.path)
+                sync(self._beside)
+                self._beside.replace(self.path)
         finally:
             self._beside.unlink(missing_ok=True)
 
@@ -113,36 +114,60 @@ class _Table:
 def write_part(folder: Path, part: int, rows: Iterable[Row | Dropped], tell: Callable[[], Mapping[str, Any]] = dict) -> None:
     """The files of one part; `kept` takes its name last, so that a part which has one is whole. tell: asked when all rows are
     written for what the step's report needs of the part (`Work.told`)."""
-    name = f"part-{part:05d}.parquet"
     with ExitStack() as stack:
-        kept = stack.enter_context(_Table(folder / "kept" / name, KEPT))
-        dropped = stack.enter_context(_Table(folder / "dropped" / name, DROPPED))
+        kept = stack.enter_context(_Table(folder / "kept" / part_name(part), KEPT))
+        dropped = stack.enter_context(_Table(folder / "dropped" / part_name(part), DROPPED))
         for row in rows:
             if isinstance(row, Row):
                 kept.add(_fields(row))
             else:
                 dropped.add((*_fields(row.row), row.reason, row.of))
-        _write(_told(folder, part), tell())
+        write_json(_told(folder, part), tell())
 
 
 def _told(folder: Path, part: int) -> Path:
-    return folder / "work" / f"told-{part:05d}.json"
+    return folder / "work" / f"told-{part}.json"
 
 
 def _fields(row: Row) -> tuple[Any, ...]:
     return (row.number, row.text, row.source, row.file, row.line, row.language, row.tier)
 
 
+def part_name(number: int) -> str:
+    """The file of a part: a unit of the sources is one, or several if it is large."""
+    unit, roll = divmod(number, ROLLS)
+    return f"part-{unit:06d}_{roll:05d}.parquet" if roll else f"part-{unit:06d}.parquet"  # in this order by name too
+
+
 def number_of(part: Path) -> int:
     """The number of a part, by its file."""
-    return int(part.stem.removeprefix("part-"))
+    unit, _, roll = part.stem.removeprefix("part-").partition("_")
+    return int(unit) * ROLLS + int(roll or 0)
 
 
 def read_part(path: Path) -> Iterator[Row]:
     """The documents of one kept part, a row group at a time."""
-    file = pq.ParquetFile(path)
+    file = opened(path)
     for group in range(file.num_row_groups):
-        yield from read_group(file, group)
+        yield from read_group(path, file, group)
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """ValueError, with its name, for a part that is damaged."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its step's folder and run the step again") from error
+
+
+def opened(path: Path) -> pq.ParquetFile:
+    """A part, whose checksums are compared as it is read."""
+    with _intact(path):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        if not any(file.schema_arrow.equals(schema) for schema in (KEPT, DROPPED)):  # the footer has no checksum
+            raise pa.ArrowInvalid(f"its columns are {', '.join(file.schema_arrow.names)}")
+        return file
 
 
 def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -150,8 +175,14 @@ def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
     return batches(rows, lambda row: len(row.text))
 
 
-def read_group(file: pq.ParquetFile, group: int) -> list[Row]:
-    columns = file.read_row_group(group).to_pydict()
+def _columns(path: Path, file: pq.ParquetFile, group: int) -> dict[str, list[Any]]:
+    with _intact(path):
+        return file.read_row_group(group, use_threads=False).to_pydict()  # there is a worker for each core
+
+
+def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Row]:
+    """The documents of one row group of an opened part."""
+    columns = _columns(path, file, group)
     return [Row(*values) for values in zip(*(columns[name] for name, _ in _COLUMNS), strict=True)]
 
 
@@ -183,6 +214,17 @@ class Folder:
             )
         return report
 
+    def filled(self) -> dict[str, Any]:
+        """The report. ValueError, too, where no document is left to go on with."""
+        report = self.report
+        if not report["documents"]:
+            reason, count = next(iter(report["dropped"].items()), ("nothing", 0))
+            raise ValueError(
+                f"too few documents: none is left in {self.path}. Its step {report['request']['step']} dropped "
+                f"{sum(report['dropped'].values()):,}, most often for {reason} ({count:,}): ask it for less, or add text"
+            )
+        return report
+
     def rows(self) -> Iterator[Row]:
         for path in self.parts:
             yield from read_part(path)
@@ -194,9 +236,9 @@ class Folder:
 
 def read_dropped(path: Path) -> Iterator[Dropped]:
     """The documents of one dropped part, a row group at a time."""
-    file = pq.ParquetFile(path)
+    file = opened(path)
     for group in range(file.num_row_groups):
-        yield from _dropped(file.read_row_group(group).to_pydict())
+        yield from _dropped(_columns(path, file, group))
 
 
 def _dropped(columns: Mapping[str, list[Any]]) -> Iterator[Dropped]:
@@ -219,7 +261,7 @@ class Work:
         self.workers.map(f"{self.name}: {what}", work, [unit for unit in units if not there(unit).exists()])
 
     def kept(self, part: int) -> Path:
-        return self.folder / "kept" / f"part-{part:05d}.parquet"
+        return self.folder / "kept" / part_name(part)
 
     def write(self, what: str, work: Callable[[Path], None]) -> None:
         """Make every part out of the one before it."""
@@ -233,7 +275,7 @@ class Work:
     @property
     def place(self) -> Place:
         assert self.before
-        return Place(self.folder, tuple(self.before.parts))
+        return Place(self.folder, self.before)
 
 
 @dataclass(frozen=True)
@@ -241,8 +283,13 @@ class Place:
     """Where a step that reads documents keeps its files between its units of work; goes to every worker."""
 
     folder: Path
-    parts: tuple[Path, ...]
-    """The parts that the step reads."""
+    before: Folder
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        """The parts that the step reads."""
+        kept = self.before.path / "kept"
+        return _listed(self.before, kept.stat().st_mtime_ns)
 
     def of(self, what: str, unit: Path | int | None = None) -> Path:
         """The file of this of a part, of a numbered unit of work, or of all."""
@@ -252,6 +299,11 @@ class Place:
     def every(self, what: str) -> list[Path]:
         """These files of all parts."""
         return [self.of(what, part) for part in self.parts]
+
+
+@lru_cache(maxsize=4)
+def _listed(folder: Folder, _changed: int) -> Sequence[Path]:
+    return folder.parts
 
 
 def step(
@@ -264,82 +316,32 @@ def step(
 ) -> Folder:
     """Run a step, or find that its very result is there. do: writes all parts and tells what else belongs into the report.
 
-    ValueError if `out` was made by another step, from other documents or with other settings, or is being made.
+    ValueError if `out` was made by another step, from other documents or with other settings, or is being made, and if there
+    is no document before it.
     """
-    told = before.report if before else {}
+    told = before.filled() if before else {}
     request = {"step": name, "version": VERSION, "asked": _plain(asked), "before": told.get("digest", "")}
     done = Folder(out)
     if out.exists():
         if (was := done.report["request"]) != request:
-            raise ValueError(f"{out} was made by other means ({_differing(was, request)}): choose another folder, or remove it")
+            raise ValueError(f"{out} was made by other means ({otherwise(was, request)}): choose another folder, or remove it")
         return done
-    building = _begun(out, request)
-    with _alone(building):
+    with unfinished(out, request) as building:
         if not (building / "report.json").exists():
             _made(Work(name, building, before, workers), request, do)
-        shutil.rmtree(building / "work", ignore_errors=True)
-        for left in building.rglob("*.tmp"):  # by a worker that was killed
-            left.unlink()
-        (building / LOCK).unlink()
-        building.rename(out)
     return done
 
 
 def _made(work: Work, request: Mapping[str, Any], do: Callable[[Work], Mapping[str, Any]]) -> None:
     """Do the work and write the report."""
-    try:
-        extra = do(work)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):  # numpy gives none
-            raise
-        told = f"{work.name} stopped in {work.folder}: {error}. Make room there and run the same command again"
-        raise OSError(error.errno or errno.ENOSPC, f"{told}: finished parts are kept") from error
+    extra = do(work)
     counts = work.workers.map(f"{work.name}: count", _counted, Folder(work.folder).parts)
     report = _summed(counts) | dict(extra) | {"request": request, "digest": _digest(request, counts)}
-    _write(work.folder / "report.json", report | {"files": _sizes(work.folder)})
+    write_json(work.folder / "report.json", report | {"files": _sizes(work.folder)})
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in Folder(folder).parts}
-
-
-def _begun(out: Path, request: Mapping[str, Any]) -> Path:
-    """The unfinished folder of this request, as far as it got."""
-    building = out.with_name(out.name + ".unfinished")
-    mark = building / "request.json"
-    if mark.exists() and (was := json.loads(mark.read_bytes())) != request:
-        raise ValueError(
-            f"{building} was begun by other means ({_differing(was, request)}): ask for the same again, or remove it"
-        )
-    building.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
-        _write(mark, request)
-    return building
-
-
-def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {was.get(key)} -> {value}" for key, value in now.items() if was.get(key) != value)
-
-
-@contextmanager
-def _alone(building: Path) -> Iterator[None]:
-    """ValueError if another process works here; its lock ends with it, however it ends."""
-    with (building / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {building}: wait for it") from None
-        yield
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

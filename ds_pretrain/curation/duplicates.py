@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import xxhash
 
 from ds_pretrain.curation import runs
@@ -32,6 +31,7 @@ from ds_pretrain.curation.documents import (
     Work,
     batched,
     number_of,
+    opened,
     read_group,
     read_part,
     step,
@@ -42,8 +42,8 @@ from ds_pretrain.curation.workers import Workers
 
 COPY = np.dtype([("number", "<i8"), ("of", "<i8")])
 PAIR = np.dtype([("a", "<i8"), ("b", "<i8"), ("jaccard", "<f8"), ("estimate", "<f8")])
-AT_ONCE = 20_000
-"""Pairs that are compared by one unit of work."""
+AT_ONCE = 128 << 20
+"""Bytes of text of the pairs that are compared by one unit of work."""
 SHOWN = 2_000
 """Pairs whose estimate and truth go into the report."""
 
@@ -70,7 +70,7 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
         count = runs.buckets(place.every("run"))
         work.each("meet", range(count), partial(_meet, place, count), partial(place.of, "pairs"))
         pairs = runs.distinct(gathered(place, "pairs", range(count)))
-        chunks = list(enumerate(np.array_split(pairs, max(1, -(-len(pairs) // AT_ONCE)))))
+        chunks = list(enumerate(_chunks(place, pairs)))
         work.each("verify", chunks, partial(_verify, place, how), lambda chunk: place.of("verified", chunk[0]))
         verified = gathered(place, "verified", range(len(chunks)))
         copies = clusters(verified[verified["jaccard"] >= how.threshold])
@@ -101,15 +101,15 @@ def _equal(place: Place, count: int, number: int) -> None:
 
 def _sign(place: Place, how: MinHash, part: Path) -> None:
     """The signatures of a part and the run of their bands' keys. Texts without a unit resemble nothing and have no keys."""
-    numbers, signatures = [np.zeros(0, np.int64)], [np.zeros((0, how.bins), np.uint32)]
+    dtype = np.dtype([("number", "<i8"), ("size", "<i8"), ("signature", "<u4", (how.bins,))])
+    made = [np.zeros(0, dtype)]
     for rows in batched(read_part(part)):
-        numbers.append(np.array([row.number for row in rows], dtype=np.int64))
-        signatures.append(how.signatures([row.text for row in rows]))
-    number, signature = np.concatenate(numbers), np.concatenate(signatures)
-    some = ~(signature == np.iinfo(np.uint32).max).all(axis=1)
-    number, signature = number[some], signature[some]
-    signed = np.empty(len(number), dtype=[("number", "<i8"), ("signature", "<u4", (how.bins,))])
-    signed["number"], signed["signature"] = number, signature
+        some = np.empty(len(rows), dtype)
+        some["number"], some["size"] = [row.number for row in rows], [len(row.text) for row in rows]
+        some["signature"] = how.signatures([row.text for row in rows])
+        made.append(some[~(some["signature"] == np.iinfo(np.uint32).max).all(axis=1)])
+    signed = np.concatenate(made)
+    number, signature = signed["number"], np.ascontiguousarray(signed["signature"])
     runs.save(place.of("signatures", part), signed)
     band = np.tile(np.arange(how.bands, dtype=np.uint64), len(number))
     runs.save(place.of("run", part), runs.run(how.keys(signature).ravel(), band, np.repeat(number, how.bands)))
@@ -119,6 +119,15 @@ def _meet(place: Place, count: int, number: int) -> None:
     """Pairs of documents that share a band: each with the first of its group, and with its neighbour."""
     found = runs.copies(runs.bucket(place.every("run"), number, count))
     runs.save(place.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
+
+
+def _chunks(place: Place, pairs: np.ndarray) -> list[np.ndarray]:
+    """The pairs in stretches of so much text that a worker can hold it; one at least."""
+    wanted, size = np.unique(pairs), np.zeros(0, np.int64)
+    if len(wanted):
+        size = np.concatenate([_signed(place, part, wanted)["size"] for part in place.parts])
+    ends = np.cumsum(size[np.searchsorted(wanted, pairs)].sum(axis=1))
+    return np.split(pairs, np.flatnonzero(np.diff(ends // AT_ONCE)) + 1)
 
 
 def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
@@ -151,14 +160,14 @@ def _signed(place: Place, part: Path, wanted: np.ndarray) -> np.ndarray:
 def rows_of(place: Place, wanted: np.ndarray) -> Iterator[Row]:
     """Documents by their sorted numbers; only row groups that hold some are read."""
     for part in place.parts:
-        file = pq.ParquetFile(part)
+        file = opened(part)
         for group in range(file.num_row_groups):
             span = file.metadata.row_group(group).column(0).statistics
             if span is None:  # no documents
                 continue
             low, high = np.searchsorted(wanted, span.min), np.searchsorted(wanted, span.max, side="right")
             if mine := set(wanted[low:high].tolist()):
-                yield from (row for row in read_group(file, group) if row.number in mine)
+                yield from (row for row in read_group(part, file, group) if row.number in mine)
 
 
 def clusters(pairs: np.ndarray) -> np.ndarray:

@@ -7,11 +7,13 @@ depends on the number of keys alone. This is the sort-merge of every large dedup
 
 from __future__ import annotations
 
-import os
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from ds_pretrain.core.files import whole
 
 RUN = np.dtype([("key", "<u8"), ("check", "<u8"), ("number", "<i8")])
 """check: what must also be equal. number: of the document."""
@@ -29,10 +31,12 @@ def run(key: np.ndarray, check: np.ndarray | int, number: np.ndarray) -> np.ndar
 def save(path: Path, array: np.ndarray) -> None:
     """An .npy file, whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        np.save(file, array)
-    beside.replace(path)
+    with whole(path) as file:
+        try:
+            np.save(file, array)
+        except OSError as error:
+            why = error.strerror or str(error)  # numpy says only how much was written
+            raise OSError(error.errno or errno.ENOSPC, why, str(path)) from error
 
 
 def load(path: Path) -> np.ndarray:

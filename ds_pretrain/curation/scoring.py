@@ -17,7 +17,7 @@ import numpy as np
 
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Dropped, Folder, Row, Work, batched, number_of, read_part, step, write_part
-from ds_pretrain.curation.workers import Workers
+from ds_pretrain.curation.workers import Workers, one_thread
 
 Scorer = Callable[[Sequence[str]], list[float]]
 """The bits per byte of each text; the same for the same texts, whoever asks."""
@@ -64,9 +64,11 @@ def _scores(folder: Path, part: Path) -> Path:
 
 
 def _score(folder: Path, scorer: Callable[[], Scorer], part: Path) -> None:
-    score, found = scorer(), list[tuple[int, float]]()
-    for rows in batched(read_part(part)):
-        found += zip([row.number for row in rows], score([row.text for row in rows]), strict=True)
+    found = list[tuple[int, float]]()
+    with one_thread():
+        score = scorer()
+        for rows in batched(read_part(part)):
+            found += zip([row.number for row in rows], score([row.text for row in rows]), strict=True)
     scores = np.array(found, dtype=SCORE)
     if strange := scores["number"][~np.isfinite(scores["bits_per_byte"])].tolist():
         raise ValueError(f"{scorer!r} gives document {strange[0]} of {part} no finite score: was its training sound?")

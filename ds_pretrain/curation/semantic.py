@@ -12,8 +12,7 @@ Suffixes: N documents, W windows, D features, K groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +27,7 @@ from ds_pretrain.core import rng
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Folder, Place, Work, batched, read_part, step
 from ds_pretrain.curation.duplicates import clusters, drop, gathered, rows_of
-from ds_pretrain.curation.workers import Workers
+from ds_pretrain.curation.workers import Workers, one_thread
 from ds_pretrain.data.store import file_digest
 
 if TYPE_CHECKING:
@@ -90,6 +89,10 @@ def check(model: Path, threshold: float, groups: int) -> None:
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} has no config.json: give the folder of a sentence embedding model, such as all-MiniLM-L6-v2")
     _pooling(model)
+    try:
+        Encoder.load(model)
+    except OSError as error:
+        raise ValueError(f"{model} cannot be loaded: {error}") from None
 
 
 def _digest(model: Path) -> str:
@@ -117,19 +120,6 @@ def _json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_bytes()) if path.exists() else otherwise
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums of floats in one order, whatever cores there are."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Texts to vectors of length 1. length: tokens of a window, specials included."""
@@ -151,8 +141,9 @@ class Encoder:
                 f"{folder} has no tokenizer.json, which windows of long documents need: save it with a fast tokenizer"
             )
         model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+        positions, first = getattr(model.config, "max_position_embeddings", None), _first_position(model)
         limits = (_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), tokenizer.model_max_length,
-                  getattr(model.config, "max_position_embeddings", None))  # fmt: skip
+                  positions and positions - first)  # fmt: skip
         return Encoder(tokenizer, model, _pooling(folder), min(limit for limit in limits if limit))
 
     @property
@@ -192,6 +183,12 @@ class Encoder:
         return (states * real).sum(1) if self.pooling == "mean" else states[:, 0] * real.sum(1)
 
 
+def _first_position(model: Any) -> int:
+    """The number of a text's first position: RoBERTa and its kin begin after that of padding."""
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
 def _excerpt(text: str) -> str:
     """A text that would be long to tokenise, by stretches of it."""
     if len(text) <= LONGEST:
@@ -205,10 +202,12 @@ def _embed(place: Place, model: Path, part: Path) -> None:
     encoder = Encoder.load(model)
     dtype = np.dtype([("number", "<i8"), ("vector", "<f4", (encoder.width,))])
     made = [np.zeros(0, dtype)]
-    with _one_thread():
+    with one_thread():
         for rows in batched(read_part(part)):
             some = np.empty(len(rows), dtype)
             some["number"], some["vector"] = [row.number for row in rows], encoder([row.text for row in rows])
+            if strange := some["number"][~np.isfinite(some["vector"]).all(axis=1)].tolist():
+                raise ValueError(f"{model} gives document {strange[0]} of {part} no finite embedding: are its weights sound?")
             made.append(some)
     runs.save(place.of("embedded", part), np.concatenate(made))
 
@@ -244,16 +243,16 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _fit(place: Place, total: int, count: int) -> None:
     """Centres of all documents, or of `FITTED` for each, evenly taken."""
-    every = max(1, total // (FITTED * max(1, count)))
+    every = max(1, total // (FITTED * count))
     points = np.concatenate([runs.load(place.of("embedded", part))["vector"][::every] for part in place.parts])
-    with _one_thread():
-        runs.save(place.of("centres"), kmeans(points, count) if count else points)
+    with one_thread():
+        runs.save(place.of("centres"), kmeans(points, count))
 
 
 def _assign(place: Place, part: Path) -> None:
     """The groups of a part's documents, sorted, and where each document lies in its part."""
     vectors = np.ascontiguousarray(runs.load(place.of("embedded", part))["vector"])
-    with _one_thread():
+    with one_thread():
         group = _nearest_centre(vectors, np.array(runs.load(place.of("centres")))) if len(vectors) else np.zeros(0, np.int64)
     assigned = np.empty(len(group), dtype=[("group", "<i8"), ("at", "<i8")])
     assigned["at"] = np.argsort(group, kind="stable")
@@ -273,7 +272,7 @@ def _compare(place: Place, threshold: float, chunk: tuple[int, tuple[int, int]])
     order = np.argsort(group, kind="stable")
     documents = np.concatenate([documents for _, documents in slices])[order]
     ends = np.searchsorted(group[order], np.arange(span[0], span[1] + 1)).tolist()
-    with _one_thread():
+    with one_thread():
         found = [nearest(documents[a:b], threshold) for a, b in pairwise(ends)]
     runs.save(place.of("nearest", number), np.concatenate([np.zeros(0, NEAREST), *found]))
 
@@ -309,7 +308,7 @@ def _evidence(place: Place, nearest: np.ndarray, passed: np.ndarray, count: int)
     text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(place, wanted)}
     return {
         "pairs": int(passed["pairs"].sum()),
-        "groups": {"count": count, **{f"{share:.0%}": int(np.quantile(sizes, share)) for share in (0, 0.5, 0.9, 1) if count}},
+        "groups": {"count": count, **{f"{share:.0%}": int(np.quantile(sizes, share)) for share in (0, 0.5, 0.9, 1)}},
         "would_drop": {str(each): int((nearest["cosine"] >= each).sum()) for each in SWEPT},
         "examples": [[round(float(each["cosine"]), 4), text[each["of"]], text[each["number"]]] for each in shown],
     }

@@ -2,19 +2,22 @@
 
 A piece of work is a pure function of a picklable unit that writes its own file, so it does not matter who does it, how many
 there are or in what order: the bytes are the same. Under `mpirun -n N python -m mpi4py ...` rank 0 hands out the units and
-the other N - 1 ranks work (mpi4py.futures).
+the other N - 1 ranks work (mpi4py.futures). Processes end with the one that started them, however that ends.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from typing import TypeVar, cast
 
 from rich.console import Console
@@ -31,19 +34,35 @@ class Workers:
     pool: Executor | None = None
     quiet: bool = False
 
+    def here(self, what: str, work: Callable[[], R]) -> R:
+        """Work that cannot be shared, by this process."""
+        return replace(self, pool=None).map(what, lambda _: work(), [None])[0]
+
     def map(self, what: str, work: Callable[[U], R], units: Sequence[U]) -> list[R]:
-        """What `work` gives for each unit, in their order. RuntimeError if a worker dies; what others have finished stays."""
-        done: Iterable[R] = self.pool.map(work, units) if self.pool else map(work, units)
+        """What `work` gives for each unit, in their order. RuntimeError if a worker dies; what others have finished stays.
+
+        Nobody works any more when this ends, by an error too.
+        """
+        if self.pool is None:
+            return list(self._told(what, map(work, units), len(units)))
+        asked = [self.pool.submit(work, unit) for unit in units]
         try:
-            console = Console(stderr=True)
-            return list(
-                track(done, what, len(units), console=console, disable=self.quiet or not console.is_terminal, transient=True)
-            )
-        except BrokenProcessPool:
+            return list(self._told(what, (each.result() for each in asked), len(units)))
+        except BaseException as error:
+            for each in asked:
+                each.cancel()
+            wait(asked)
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise RuntimeError(
                 f"a worker was killed while it did {what!r} (out of memory?): run the same command again, with fewer --jobs if "
                 "need be; finished parts are kept"
             ) from None
+
+    def _told(self, what: str, done: Iterator[R], count: int) -> Iterator[R]:
+        """These results, with a progress bar for whoever watches."""
+        console = Console(stderr=True)
+        yield from track(done, what, count, console=console, disable=self.quiet or not console.is_terminal, transient=True)
 
 
 @contextmanager
@@ -55,13 +74,50 @@ def workers(jobs: int, quiet: bool = False) -> Iterator[Workers | None]:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
 
+        if MPI.COMM_WORLD.rank:
+            _lone_tokenizers()
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
             yield Workers(cast(Executor, pool), quiet) if pool else None
     elif jobs == 1:
         yield Workers(quiet=quiet)
     else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) as pool:
+        context = multiprocessing.get_context("forkserver")
+        theirs, ours = context.Pipe(duplex=False)
+        with ours, theirs, ProcessPoolExecutor(jobs, context, _begin, (theirs,)) as pool:
             yield Workers(pool, quiet)
+
+
+def _begin(alive: Connection) -> None:
+    """What a worker does first."""
+    _lone_tokenizers()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+
+
+def _end_with(alive: Connection) -> None:
+    """End this process when the one at the other end of the pipe does: a killed one cannot tell its workers, and they would
+    write into the files of those of the next run."""
+    alive.poll(None)  # nothing is ever sent: it is closed
+    os._exit(1)
+
+
+def _lone_tokenizers() -> None:
+    """A worker is one of as many as there are cores, so its tokenizers need no threads of their own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models on one thread: their sums are taken in one order, whatever cores there are, and workers are not in each other's
+    way. The price: a core without a worker idles."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ranks() -> int:

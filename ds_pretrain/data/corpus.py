@@ -169,7 +169,7 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
 
 def passed_over(source: str | Path, files: Sequence[Path]) -> list[str]:
     """A note on the files of a folder whose names say that they are no text, if there are any."""
-    others = set(_below(Path(source))).difference(files) if Path(source).is_dir() else set()
+    others = sorted(set(_below(Path(source))).difference(files)) if Path(source).is_dir() else []
     kinds = Counter(path.suffix or path.name for path in others).most_common(4)
     return [f"{source}: {len(others)} files of other kinds passed over ({', '.join(k for k, _ in kinds)})"] * bool(others)
 
@@ -187,7 +187,7 @@ def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text")
             else:
                 yield from _jsonl(stream, str(path), source, ledger, text_field)
     except broken as error:
-        raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
+        raise ValueError(f"{path} is damaged and cannot be read to its end ({error}): fetch it again, or remove it") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -326,6 +326,16 @@ def cut(lines: Iterable[tuple[bytes, bool]], soft: int = SOFT, hard: int = HARD)
 
 
 def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:
+    for row, value in enumerate(_cells(stream, path, text_field), start=1):
+        if value is None:
+            ledger.refuse(str(path), row, f"no field {text_field!r}", "")
+            continue
+        for text in decoded(value, str(path), row, ledger):
+            yield from ledger.screen(text, source, str(path), row)
+
+
+def _cells(stream: IO[bytes], path: Path, text_field: str) -> Iterator[bytes | None]:
+    """The texts of a parquet file, None where one is null. ValueError where it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -336,19 +346,15 @@ def _parquet(stream: IO[bytes], path: Path, source: str, ledger: Ledger, text_fi
             raise ValueError(f"{path}: {unknown('column', text_field, schema.names)}; name the one that holds the text")
         if not (pa.types.is_string(schema.field(text_field).type) or pa.types.is_large_string(schema.field(text_field).type)):
             raise ValueError(f"{path}: column {text_field!r} is {schema.field(text_field).type}, not text")
-        row = 0
+        rows = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
             for value in batch.column(0).cast(pa.large_binary()):  # as bytes: nothing has checked that they are UTF-8
-                row += 1
-                if not value.is_valid:
-                    ledger.refuse(str(path), row, f"no field {text_field!r}", "")
-                    continue
-                for text in decoded(value.as_py(), str(path), row, ledger):
-                    yield from ledger.screen(text, source, str(path), row)
-        if row != table.metadata.num_rows:  # the library does not compare them
-            raise pa.ArrowInvalid(f"{row} of its {table.metadata.num_rows} rows were found")
+                rows += 1
+                yield value.as_py()
+        if rows != table.metadata.num_rows:  # the library does not compare them
+            raise pa.ArrowInvalid(f"{rows} of its {table.metadata.num_rows} rows were found")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged and cannot be read to its end: {error}") from None
+        raise ValueError(f"{path} is damaged and cannot be read to its end ({error}): fetch it again, or remove it") from None
 
 
 def _dataset(spec: str, ledger: Ledger, text_field: str) -> Iterator[SourceText]:

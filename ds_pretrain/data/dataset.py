@@ -17,7 +17,6 @@ masks are the same every time; -2, -3 ... are further draws.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ from ds_pretrain.data.store import SPLITS, Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import CausalLanguageModeling, Objective, create
 from ds_pretrain.objectives.base import LAST_ORDINAL, Variant
-
-log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1024
 """Rows of one plan at least, where the epoch has as many: 0.1% waste, and a plan of a few milliseconds."""
@@ -120,11 +117,6 @@ class Samples:
         refuse(self._problems())
         self.blocks = self._blocks()
         self._planned: tuple[int, list[Row]] = (-1, [])
-        if self.pieces.unusable:
-            log.warning(
-                "%s: %d documents have fewer than %d tokens and give no example of %s",
-                source, self.pieces.unusable, objective.shortest, objective.name,
-            )  # fmt: skip
 
     def __len__(self) -> int:
         """Pieces, that is samples per epoch."""
@@ -157,6 +149,13 @@ class Samples:
     def progress(self, cursor: Cursor) -> dict[str, dict[str, float]]:
         """Of each source, how often it has been read and its share of all tokens that have been."""
         return {self.source: {"epochs": self.epochs(cursor), "share": 1.0}}
+
+    def packing(self) -> dict[str, dict[str, float]]:
+        """Of each source, its documents, how many do not fit one row, how many are too short and their tokens, and the share
+        of positions that stays empty. No token of the others is left out."""
+        short = self.pieces.usable < self.objective.shortest
+        found = {"documents": len(short), "cut": self.pieces.severed, "too_short": self.pieces.unusable}
+        return {self.source: {**found, "lost_tokens": int(self.pieces.usable[short].sum()), "waste": self.waste()}}
 
     def per_row(self) -> tuple[float, float]:
         """Tokens and samples of a row, in the mean of the first block; of a curriculum of lengths, of its beginning."""
@@ -407,6 +406,10 @@ class PretrainingDataset(Samples):
                 self.data_path, self.tokenizer, self.seq_len, objective, name, self.seed, self.lengths, self.verify
             )
         return self._splits[key]
+
+    def parts(self, name: str, objective: Objective | None = None) -> dict[str, PretrainingDataset]:
+        """This split of each folder, the main one under no name."""
+        return {"": self.split(name, objective)}
 
 
 def _check_lengths(lengths: Mapping[int, int], objective: Objective, vocab: Vocabulary, seq_len: int) -> list[str]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Target
 from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset, Row
-from ds_pretrain.data.prepare import check_repeated
+from ds_pretrain.data.sources import check_repeated
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import Objective
 
@@ -58,6 +59,11 @@ class MixedDataset:
         m = self.main
         if str(m.data_path) == name:
             return m
+        if (other := TextTokenizer.load(Path(name) / "tokenizer")).digest != m.tokenizer.digest:
+            raise ValueError(
+                f"{name} was prepared with another tokenizer ({other.digest}) than {m.data_path} ({m.tokenizer.digest}), and "
+                f"one run has one: prepare its text again with --tokenizer {m.data_path / 'tokenizer'}"
+            )
         return PretrainingDataset(name, m.tokenizer, m.seq_len, m.objective, m.source, m.seed, m.lengths, m.verify)
 
     @property
@@ -92,6 +98,15 @@ class MixedDataset:
 
     def split(self, name: str, objective: Objective | None = None) -> PretrainingDataset:
         return self.main.split(name, objective)
+
+    def parts(self, name: str, objective: Objective | None = None) -> dict[str, PretrainingDataset]:
+        """This split of each folder, whatever its weight, the main one under no name: what one gains and another loses."""
+        others = {folder: each for folder, each in zip(self.weights, self.folders, strict=True) if each is not self.main}
+        return {"": self.split(name, objective)} | {folder: each.split(name, objective) for folder, each in others.items()}
+
+    def packing(self) -> dict[str, dict[str, float]]:
+        """Of each folder, how its documents fill rows (see `Samples.packing`)."""
+        return {name: told for name, each in zip(self.weights, self.folders, strict=True) for told in each.packing().values()}
 
     @cached_property
     def shares(self) -> np.ndarray:

@@ -39,6 +39,11 @@ class Pieces:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    @property
+    def severed(self) -> int:
+        """Documents of more than one piece."""
+        return int(np.count_nonzero(np.diff(self.ends, prepend=0) > 1))
+
     def cut(self, piece: np.ndarray) -> Cut:
         document = np.searchsorted(self.ends, piece, side="right")
         number, usable = piece - self.first(document), self.usable[document]

@@ -15,13 +15,15 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import xxhash
+
+from ds_pretrain.core.files import sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -77,6 +79,17 @@ class StoreWriter:
         self._tokens += len(tokens) + 1
         self._text.extend((len(text.encode()), len(text.split())))
 
+    def extend(self, other: Store) -> None:
+        """Append all documents of a store of the same tokenizer."""
+        if (other.tokenizer_digest, other.vocab_size) != (self.tokenizer_digest, self.vocab_size):
+            raise ValueError(f"{other.prefix} was made by tokenizer {other.tokenizer_digest}, {self.prefix} by another")
+        for part in other.chunks():
+            self._bin.write(part.data)
+            self._hash.update(part.data)
+        self._lengths.frombytes(other.lengths.tobytes())
+        self._text.frombytes(other.text.tobytes())
+        self._tokens += other.info["tokens"]
+
     def __len__(self) -> int:
         return len(self._lengths)
 
@@ -90,7 +103,7 @@ class StoreWriter:
                 self._finish()
                 for name in names:
                     os.replace(f"{name}.tmp", name)
-                _sync(os.path.dirname(self.prefix) or ".")
+                sync(os.path.dirname(self.prefix) or ".")
         finally:
             for name in names:
                 with suppress(FileNotFoundError):
@@ -117,7 +130,7 @@ class StoreWriter:
         )  # fmt: skip
         Path(f"{self.prefix}.json.tmp").write_text(sidecar, encoding="utf-8")
         for suffix in (*SUFFIXES[1:], "json"):
-            _sync(f"{self.prefix}.{suffix}.tmp")
+            sync(f"{self.prefix}.{suffix}.tmp")
 
 
 def describe(files: Mapping[str, str], digests: Mapping[str, str], text: np.ndarray, **fields: Any) -> str:
@@ -240,10 +253,3 @@ def _sealed(fields: dict[str, Any]) -> str:
     """The sidecar's text: the fields and a digest of them, in one spelling, so that any changed byte shows."""
     digest = xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
     return json.dumps(fields | {"digest": digest}, indent=1, sort_keys=True) + "\n"
-
-
-def _sync(path: str) -> None:
-    with ExitStack() as stack:
-        handle = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        os.fsync(handle)

@@ -28,6 +28,7 @@ import tokenizers
 import xxhash
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ds_pretrain.core.files import whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.core.vocabulary import SENTINELS, Codec, Vocabulary
 from ds_pretrain.data import corpus
@@ -171,12 +172,7 @@ class TextTokenizer:
 
         vocab_size counts everything, reserved ids included; too little text gives a smaller vocabulary.
         """
-        if kind not in KINDS:
-            raise ValueError(unknown("kind of tokenizer", kind, KINDS))
-        if vocab_size < MINIMUM:
-            raise ValueError(
-                f"vocab_size {vocab_size} is too small: at least {MINIMUM} ({len(RESERVED)} reserved ids and 256 bytes)"
-            )
+        check_kind(kind, vocab_size)
         if isinstance(source, (str, Path)):
             source = [source]
         texts = (doc.text for path in source for doc in corpus.read(path)) if isinstance(source, Sequence) else iter(source)
@@ -217,12 +213,13 @@ class TextTokenizer:
         return cls(file, model, specials)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model and specials.json into a folder."""
+        """Write the model and, last, specials.json into a folder; each file is whole or not there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.file).write_bytes(self.model)
         content = {"digest": self.digest, "specials": dict(self.specials)}
-        (folder / "specials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for name, data in ((self.file, self.model), ("specials.json", (json.dumps(content, indent=1) + "\n").encode())):
+            with whole(folder / name) as file:
+                file.write(data)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -292,6 +289,16 @@ class TextTokenizer:
 
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[str, bytes, dict[str, int]]]:
         return TextTokenizer, (self.file, self.model, dict(self.specials))
+
+
+def check_kind(kind: str, vocab_size: int) -> None:
+    """ValueError for a tokenizer that cannot be trained."""
+    if kind not in KINDS:
+        raise ValueError(unknown("kind of tokenizer", kind, KINDS))
+    if vocab_size < MINIMUM:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: at least {MINIMUM} ({len(RESERVED)} reserved ids and 256 bytes)"
+        )
 
 
 def _digest(model: bytes, specials: Mapping[str, int]) -> str:

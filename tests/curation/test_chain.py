@@ -88,19 +88,29 @@ def test_the_tool_makes_stores_a_report_and_pictures(source, tmp_path, monkeypat
     code, told = tool(monkeypatch, capsys, *chain)
     assert code == 0, told
     stores = [Store(out / "data" / name) for name in SPLITS]
-    near = Folder(out / "steps" / "near")
-    assert sum(len(store) for store in stores) == near.report["documents"]
+    last = Folder(out / "steps" / "passages")
+    assert sum(len(store) for store in stores) == last.report["documents"]
     reports = json.loads((out / "report.json").read_text())
-    assert list(reports) == ["read", "screen", "exact", "passages", "near"]
+    assert list(reports) == ["read", "screen", "exact", "near", "passages"]
     for before, after in zip(list(reports.values()), list(reports.values())[1:], strict=False):
         assert after["documents"] + sum(after["dropped"].values()) == before["documents"]
-    page = (out / "report.md").read_text()
-    assert "exact copy" in page and "gopher/word_count" in page and (out / "report_near.png").stat().st_size > 5000
+    page, short = (out / "report.md").read_text(), reports["screen"]["dropped"]["gopher/word_count"]
+    assert "exact copy" in page and ", kept is `" in page and f"| gopher/word_count | {short} | {short} |" in page
+    assert f"| train | {len(stores[0])} | {sum(stores[0].lengths):,} | " in page and "tokenizer of 600 ids" in page
+    assert f"sources {source}, text_field text" in page and f"next: ds-pretrain train quickstart data.path={out}/data" in told
+    assert (out / "report_near.png").stat().st_size > 5000
     was = page, {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     assert tool(monkeypatch, capsys, *chain)[0] == 0
     assert was == ((out / "report.md").read_text(), {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")})
     (out / "report.md").unlink()
     assert tool(monkeypatch, capsys, "report", out)[0] == 0 and (out / "report.md").read_text() == page
+    near = out / "steps" / "near"
+    was = (near / "report.json").read_bytes()
+    assert tool(monkeypatch, capsys, "report", near)[0] == 0 and (near / "report.json").read_bytes() == was
+    assert (near / "report.md").read_text().count("## ") == 1 and (near / "report_near.png").exists()
+    assert tool(monkeypatch, capsys, *chain)[0] == 0, "it is no part of the step"
+    code, told = tool(monkeypatch, capsys, "report", source)
+    assert code == 2 and "holds no finished documents" in told
 
 
 def test_every_step_runs_alone(source, tmp_path, monkeypatch, capsys):
@@ -134,7 +144,11 @@ def test_every_step_runs_alone(source, tmp_path, monkeypatch, capsys):
         (["--perplexity", "nowhere"], "run.yaml does not exist"),
         (["--most", "3"], "give a run to score by"),
         (["--perplexity", "nowhere", "--least", "-1"], "above 0, got -1"),
+        (["nowhere.txt"], "no corpus at nowhere.txt"),
         (["--split", "0.9,0.1"], "three shares"),
+        (["--split", "nan,0.5,0.5"], "above 0 that sum to 1"),
+        (["--kind", "foo"], "unknown kind of tokenizer 'foo'"),
+        (["--vocab-size", "300"], "vocab_size 300 is too small"),
         (["--against", "nowhere.txt"], "no such file"),
         (["--passages", "3"], "at least 10"),
         (["--tokenizer", "nowhere"], "no tokenizer"),

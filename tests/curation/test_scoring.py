@@ -79,6 +79,36 @@ def test_scores_are_made_once_and_by_anyone(tmp_path, monkeypatch):
         perplexity(before, tmp_path / "one" / "out", HERE, Letters(), 1.8)
 
 
+@dataclass(frozen=True)
+class Threads:
+    """A stand-in whose scores are the threads that a model would have."""
+
+    def __call__(self):
+        import torch
+
+        return lambda texts: [float(torch.get_num_threads())] * len(texts)
+
+
+@pytest.fixture
+def three_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_model_has_one_thread_whoever_works(tmp_path, three_threads, monkeypatch):
+    monkeypatch.setattr(reading, "PART", 1)
+    _, before = documents(tmp_path, 8)
+    alone = perplexity(before, tmp_path / "one" / "out", HERE, Threads())
+    with workers(2, quiet=True) as team:
+        perplexity(before, tmp_path / "two" / "out", team, Threads())
+    assert alone.report["bits_per_byte"]["before"]["0%"] == alone.report["bits_per_byte"]["before"]["100%"] == 1
+    assert digests(tmp_path / "one") == digests(tmp_path / "two") and three_threads() == 3
+
+
 @pytest.mark.parametrize(
     "most, least, told", [(1, 2, "nothing would be kept"), (0, None, "above 0"), (None, math.inf, "above 0")]
 )

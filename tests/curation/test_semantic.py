@@ -208,9 +208,23 @@ def test_the_bytes_do_not_depend_on_who_works_and_what_is_done_stays(model, tmp_
         semantic(before, tmp_path / "one" / "out", HERE, with_files(model, tmp_path / "other", modules=[]), THRESHOLD)
 
 
-def test_no_documents_are_no_mistake(model, tmp_path):
+def test_a_single_document_is_no_mistake(model, tmp_path):
     before = read([corpus(tmp_path / "in", ["word1 word2"], 1)], tmp_path / "read", HERE)
     assert semantic(before, tmp_path / "out", HERE, model).report["documents"] == 1
+
+
+def test_all_that_is_computed_has_one_thread(model, tmp_path, monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    for place, name in ((Encoder, "_pooled"), (here, "_cosines")):
+        plain = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, plain=plain: seen.append(torch.get_num_threads()) or plain(*given))
+    before = read([corpus(tmp_path / "in", sentences(20))], tmp_path / "read", HERE)
+    torch.set_num_threads(3)
+    try:
+        semantic(before, tmp_path / "out", HERE, model)
+        assert len(seen) > 4 and set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 DENSE = [{"type": "sentence_transformers.models.Transformer"}, {"type": "sentence_transformers.models.Dense"}]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.data.loader import Loader
 from ds_pretrain.data.mixing import MixedDataset
-from ds_pretrain.data.prepare import prepare
+from ds_pretrain.data.store import Store
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.objectives import REGISTRY, create
 
@@ -140,10 +141,25 @@ def test_weights_that_are_no_shares_are_refused(folders, weights):
         mixed(folders, weights)
 
 
+def test_every_folder_is_evaluated_and_tells_how_it_is_packed(folders):
+    data = mixed(folders, (0.5, 0.5, 0))
+    parts = data.parts("validation")
+    assert list(parts) == ["", *folders[1:]] and parts[""] is data.main.split("validation")
+    assert all(parts[name].store.prefix == f"{name}/validation" for name in folders[1:])
+    for name, told in data.packing().items():
+        lengths = Store(f"{name}/train").lengths
+        assert told["documents"] == len(lengths) and told["cut"] == (lengths > SEQ).sum()
+        assert told["too_short"] == told["lost_tokens"] == 0 and 0 <= told["waste"] < 1
+    short = PretrainingDataset(folders[2], seq_len=64, objective="nsp").packing()["train"]
+    lengths = Store(f"{folders[2]}/train").lengths - 1
+    few = lengths[lengths < create("nsp").shortest]
+    assert (short["too_short"], short["lost_tokens"]) == (len(few), few.sum())
+
+
 def test_a_folder_of_another_tokenizer_is_refused(folders, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"other {i}"}) + "\n" for i in range(60)))
     prepare(tmp_path / "in.jsonl", tmp_path / "data", vocab_size=600, split=(0.8, 0.1, 0.1), quiet=True)
-    with pytest.raises(ValueError, match="was prepared with tokenizer"):
+    with pytest.raises(ValueError, match=r"was prepared with another tokenizer .* again with --tokenizer"):
         mixed([folders[0], str(tmp_path / "data")], (1, 1))
 
 

@@ -143,18 +143,24 @@ def test_sequences_are_found_across_the_pieces_of_a_store(tmp_path, chunk, monke
 
 def test_verify_finds_every_kind_of_damage_and_goes_on(copy):
     shown = run("verify", copy)
-    assert run.code == 0 and shown.count("sound") == 12 and shown.count("damaged") == 0
+    assert run.code == 0 and shown.count("sound ") == 12 and shown.count("damaged") == 0
+    stores = [Store(copy / name) for name in SPLITS]
+    size = sum((copy / f"{name}.{suffix}").stat().st_size for name in SPLITS for suffix in SUFFIXES)
+    documents, tokens = (sum(store.info[key] for store in stores) for key in ("documents", "tokens"))
+    told = f"all is sound: every byte of 3 stores, {documents:,} documents, {tokens:,} tokens, {size:,} bytes"
+    assert shown.splitlines()[-1] == told
     for suffix in (*SUFFIXES, "json"):
         path = copy / f"validation.{suffix}"
         raw = path.read_bytes()
         path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
         shown = run("verify", copy)
         assert run.code == 1 and shown.count("sound") >= 8 and shown.count("damaged") == 1, shown
+        assert "all is sound" not in shown and " wrong, see above: " in shown
         path.unlink()
         shown = run("verify", copy)
         assert run.code == 1 and ("is missing" in shown or "which is not in" in " ".join(shown.split()))
         path.write_bytes(raw)
-    assert run("verify", copy / "test").count("sound") == 4 and run.code == 0
+    assert run("verify", copy / "test").count("sound ") == 4 and run.code == 0
 
 
 def test_verify_compares_with_the_manifest_and_never_leaves_the_folder(copy):
@@ -194,7 +200,7 @@ def test_adopt_makes_a_store_of_megatrons_one_that_can_be_looked_into(data, text
     assert "adopted" in run("adopt", tmp_path / "m", "--tokenizer", data / "tokenizer")
     assert Store(tmp_path / "m").text[:].tolist() == Store(data / "test").text[:].tolist()
     assert texts["test"][0].split()[0] in run("show", tmp_path / "m") and "*" in run("stats", tmp_path)
-    assert run("verify", tmp_path).count("sound") == 4 and run.code == 0
+    assert run("verify", tmp_path).count("sound ") == 4 and run.code == 0
     TextTokenizer.train(iter(["some other words"]), 600, "bpe").save(tmp_path / "other")
     (tmp_path / "m.json").unlink()
     refused("adopt", tmp_path / "m", "--tokenizer", tmp_path / "other", match="is another tokenizer than")

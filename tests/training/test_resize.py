@@ -1,14 +1,19 @@
 """A wider vocabulary under every layout: old rows to the bit, old logits, new rows by the rule, and training goes on."""
 
+import runpy
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import ds_pretrain.cli
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.data.extend import extend
-from ds_pretrain.data.prepare import prepare
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.plan import ParallelPlan
@@ -161,6 +166,49 @@ def test_training_goes_on_over_the_new_data_and_elsewhere_is_refused(corpus, run
     shutil.copytree(runs[0] / "clm-wider", tmp_path / "other")
     with pytest.raises(ValueError, match=r"was trained with clm on data .*, resized, this run has"):
         trainer(data, tmp_path / "other", "clm")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return runpy.run_path(str(Path(ds_pretrain.__file__).parents[1] / "tools" / "tokenizer.py"))
+
+
+def said(app, *words):
+    done = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_tool_tells_the_command_that_goes_on(data, corpus, wider, tool, tmp_path):
+    small = {"model.layers": 1, "model.hidden": 32, "batch.seq_len": 32, "optimizer.warmup_steps": 0, "data.path": data}
+    said(
+        ds_pretrain.cli.app,
+        "train",
+        "quickstart",
+        *(f"{k}={v}" for k, v in small.items()),
+        "train.max_steps=2",
+        f"output={tmp_path / 'run'}",
+    )
+    wider.save(tmp_path / "wider")
+    more = tmp_path / "more data"
+    prepare([str(corpus)], more, tokenizer=tmp_path / "wider", split=(0.8, 0.1, 0.1), quiet=True)
+    words = ["resize", tmp_path / "run" / "checkpoints" / "step-2", tmp_path / "wider", "-o"]
+    told = said(tool["app"], *words, tmp_path / "resized", "--data", more)
+    program, *command = shlex.split(told.partition("next: ")[2])
+    assert program == "ds-pretrain" and command == ["train", str(tmp_path / "resized" / "run.yaml"), "train.max_steps=4"]
+    assert "trained to step 4" in said(ds_pretrain.cli.app, *command)
+    told = said(tool["app"], *words, tmp_path / "no data")
+    assert shlex.split(told.partition("next: ")[2].partition("\n")[0])[-2:] == ["--tokenizer", str(tmp_path / "wider")]
+    digest = PretrainingDataset(more, seq_len=32, objective="clm").digest
+    told = said(tool["app"], *words, tmp_path / "by digest", "--data", digest)
+    command = [word.replace("DATA", str(more)) for word in shlex.split(told.partition("next: ")[2])[1:]]
+    assert "trained to step 3" in said(ds_pretrain.cli.app, *command, "train.max_steps=3")
+    for wrong, why in (
+        (data, "was prepared with another tokenizer"), (tmp_path, "holds no prepared data"), (more, "run.yaml exists"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            said(tool["app"], *words, tmp_path / ("resized" if wrong == more else "not made"), "--data", wrong)
+    assert not (tmp_path / "not made").exists()
 
 
 def test_impossible_requests_say_so(runs, wider, tmp_path):

@@ -1,14 +1,19 @@
 """From sources to a folder: nothing lost, nothing moved, nothing half made, nothing done twice."""
 
 import json
+import re
+import shutil
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import digests, jsonl
 
-from ds_pretrain.data import corpus
-from ds_pretrain.data.prepare import fingerprint, list_kinds, prepare, split_of
+from ds_pretrain.curation.prepare import prepare, split_of
+from ds_pretrain.curation.workers import workers
+from ds_pretrain.data import corpus, embedded, sources
+from ds_pretrain.data.sources import fingerprint
 from ds_pretrain.data.store import SPLITS, Store
 from ds_pretrain.data.tokenizer import KINDS, TextTokenizer
 
@@ -75,16 +80,18 @@ def test_twice_is_done_once(made, source, tmp_path):
 
 def test_an_output_from_other_inputs_is_refused(made, source, tmp_path):
     output, _ = made
-    with pytest.raises(ValueError, match=r"prepared from other inputs \(tokenizer: .*900.* -> .*950.*choose another"):
+    with pytest.raises(ValueError, match=r"prepared from other inputs \(tokenizer.vocab_size: 900 -> 950\): choose another"):
         prepare(source, output, vocab_size=950, split=SHARES, quiet=True)
     (tmp_path / "a.jsonl").write_text(lines(TEXTS))
     with pytest.raises(ValueError, match="from other inputs \\(sources: "):
-        prepare(tmp_path, output, vocab_size=900, split=SHARES, quiet=True)
+        prepare(tmp_path / "a.jsonl", output, vocab_size=900, split=SHARES, quiet=True)
     before = fingerprint(str(tmp_path))
     (tmp_path / "a.jsonl").write_text(lines([*TEXTS[:-1], TEXTS[-1][::-1]]))
     assert fingerprint(str(tmp_path)) != before
     with pytest.raises(ValueError, match="was not made by prepare"):
         prepare(source, tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="lies inside of the source"):
+        prepare(tmp_path, tmp_path / "out", quiet=True)
     assert "python" in fingerprint("embedded") and fingerprint("datasets:x") == "datasets:x"
 
 
@@ -112,9 +119,9 @@ def test_a_damaged_output_is_not_taken_for_finished(source, tmp_path):
 def test_a_grown_corpus_moves_no_document(source, made, tmp_path):
     output, _ = made
     for path in source.iterdir():
-        (tmp_path / f"0{path.name}").write_bytes(path.read_bytes())
-    (tmp_path / "00-new.jsonl").write_text(lines([text[::-1] for text in TEXTS]))
-    grown = prepare([tmp_path], tmp_path / "out", tokenizer=output / "tokenizer", split=SHARES, quiet=True)
+        jsonl(tmp_path / "in" / f"0{path.name}", TEXTS[:60] if path.name == "a.jsonl" else TEXTS[60:])
+    jsonl(tmp_path / "in" / "00-new.jsonl", [text[::-1] for text in TEXTS])
+    grown = prepare([tmp_path / "in"], tmp_path / "out", tokenizer=output / "tokenizer", split=SHARES, quiet=True)
     for name in SPLITS:
         old, new = Store(output / name), Store(grown.output / name)
         kept = {new[i].tobytes() for i in range(len(new))}
@@ -154,7 +161,6 @@ def test_the_sample_is_bounded_and_does_not_depend_on_order(source, tmp_path):
 def test_every_kind(source, tmp_path, kind):
     report = prepare(source, tmp_path / "out", vocab_size=900, kind=kind, split=SHARES, quiet=True)
     assert report.vocab_size == 900 == Store(report.output / "train").vocab_size
-    assert set(list_kinds()) == set(KINDS)
 
 
 def test_a_document_without_tokens_is_quarantined(tmp_path):
@@ -167,38 +173,70 @@ def test_a_document_without_tokens_is_quarantined(tmp_path):
 
 def test_an_empty_split_says_what_to_raise(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(TEXTS[:30]))
-    with pytest.raises(ValueError, match=r"validation is empty: .* 30 documents is 0\.00.*Raise its share to 0\.17"):
+    few = r"too few documents: validation is empty, as 0.0001 of 30 are 0.00 on average. Ask for --split (.*), or give 50,000"
+    with pytest.raises(ValueError, match=few) as told:
         prepare(tmp_path / "a.jsonl", tmp_path / "out", split=(0.9, 1e-4, 0.0999), quiet=True)
+    better = re.search(few, str(told.value))[1]
+    assert better == "0.66,0.17,0.17"
+    prepare(tmp_path / "a.jsonl", tmp_path / "made", split=tuple(map(float, better.split(","))), vocab_size=600, quiet=True)
+    shutil.rmtree(tmp_path / "made")
     (tmp_path / "b.txt").write_text(TEXTS[0])
-    with pytest.raises(ValueError, match=r"is empty: .* At least 20 documents"):
+    with pytest.raises(ValueError, match=r"too few documents: .* 20 are the least, 500 enough for these shares"):
         prepare(tmp_path / "b.txt", tmp_path / "out", quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.txt"]
 
 
-def test_a_failure_leaves_nothing_and_a_killed_run_is_swept(source, tmp_path, monkeypatch):
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "train.bin").write_text("half of it")
-    report = prepare(source, tmp_path / "out", vocab_size=600, split=SHARES, quiet=True)
-    assert not (tmp_path / "out.tmp").exists() and len(Store(report.output / "train")) > 0
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT", 1)  # every file is a unit
+    args = {"vocab_size": 600, "split": SHARES, "quiet": True}
+    whole = prepare(source, tmp_path / "whole", **args)
+    sound, calls = TextTokenizer.encode_batch, []
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(self, texts):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sound(self, texts)
 
     monkeypatch.setattr(TextTokenizer, "encode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "broken", vocab_size=600, split=SHARES, quiet=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+        prepare(source, tmp_path / "out", **args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.unfinished", "whole"]
+    with pytest.raises(ValueError, match="begun by other means"):
+        prepare(source, tmp_path / "out", **(args | {"vocab_size": 601}))
+    prepare(source, tmp_path / "out", **args)
+    assert calls == [60, 60, 60], "the first unit was not tokenised again"
+    assert digests(tmp_path / "out") == digests(whole.output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_source_may_name_its_documents_otherwise(tmp_path, monkeypatch):
+    def read(ledger, network=True):
+        for i, text in enumerate(TEXTS):
+            yield from ledger.screen(text, f"embedded:{i % 2}", f"{i}", 1)
+
+    monkeypatch.setattr(embedded, "read", read)
+    report = prepare("embedded", tmp_path / "out", vocab_size=600, split=SHARES, quiet=True)
+    manifest = json.loads((report.output / "manifest.json").read_text())
+    assert manifest["kept_by_source"] == {"embedded:0": 60, "embedded:1": 60}
+
+
+def test_the_bytes_are_those_of_one_unit(source, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT", 1)
+    with workers(2, quiet=True) as team:
+        many = prepare(source, tmp_path / "out", vocab_size=900, split=SHARES, workers=team, quiet=True)
+    assert digests(many.output) == digests(made[0])
 
 
 def test_sources_that_change_while_read_are_refused(source, tmp_path, monkeypatch):
-    sound, calls = corpus.read, []
+    sound, calls = corpus.read_file, []
 
     def read(*args):
         calls.append(args)
         documents = list(sound(*args))
         return iter(documents[: -len(calls)])
 
-    monkeypatch.setattr(corpus, "read", read)
+    monkeypatch.setattr(corpus, "read_file", read)
     with pytest.raises(ValueError, match="the sources changed while they were read"):
         prepare(source, tmp_path / "out", vocab_size=600, split=SHARES, quiet=True)
 
@@ -216,8 +254,8 @@ def test_impossible_requests_say_so(source, tmp_path, split):
 
 
 def test_a_person_sees_a_table(source, tmp_path, capsys):
-    prepare(source, tmp_path / "out", vocab_size=600, split=SHARES)
-    prepare(source, tmp_path / "out", vocab_size=600, split=SHARES)
+    prepare(source, tmp_path / "out", vocab_size=60_000, split=SHARES)
+    prepare(source, tmp_path / "out", vocab_size=60_000, split=SHARES)
     shown = capsys.readouterr().out
-    for word in ("validation", "bytes/token", "quarantined: empty 1, broken JSON 1", "up to date"):
+    for word in ("validation", "bytes/token", "quarantined: empty 1, broken JSON 1", "up to date", "vocabulary not 60,000"):
         assert word in shown.replace("\n", " ") or word in " ".join(shown.split())

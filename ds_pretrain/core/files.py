@@ -1,0 +1,78 @@
+"""Files that are whole or not there, after a kill and after a power failure too, and files that one process holds."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def beside(path: Path) -> Path:
+    """Where this process writes a file before it takes its name; ends in .tmp."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its name once it is on the disk; if the block fails, nothing stays."""
+    try:
+        with beside(path).open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside(path).replace(path)
+    finally:
+        beside(path).unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Put a file on the disk, or what was renamed in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class BusyError(OSError):
+    """What another process holds."""
+
+
+def hold(path: Path) -> IO[str] | None:
+    """Hold a file until it is closed or this process ends, however it ends; BusyError naming who else holds it.
+
+    A lock of POSIX, which shared file systems know too (NFS 4, Lustre mounted with flock); None where they do not.
+    """
+    file = path.open("a+", encoding="utf-8")
+    for last in (False, False, True):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError) as error:
+            if last:
+                raise BusyError(f"{path.parent} is in use by {path.read_text(encoding='utf-8').strip()}") from error
+            time.sleep(0.2)  # `held` may have been looking
+        except OSError:
+            return None
+    file.truncate(0)
+    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    file.write(f"process {os.getpid()} on {platform.node()}{job}, since {time.strftime('%F %T')}\n")
+    file.flush()
+    return file
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds a file."""
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    return False
