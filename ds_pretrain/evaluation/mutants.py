@@ -23,7 +23,7 @@ from ds_pretrain.evaluation import parity
 from ds_pretrain.evaluation.parity import Case
 from ds_pretrain.models import attention, heads, transformer
 from ds_pretrain.parallel import comm
-from ds_pretrain.parallel.mesh import place
+from ds_pretrain.parallel.launch import place
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.shards import Shard
 from ds_pretrain.parallel.spawn import spawn

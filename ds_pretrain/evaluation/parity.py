@@ -38,8 +38,9 @@ from ds_pretrain.evaluation import reference
 from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import REGISTRY, Objective, create
-from ds_pretrain.parallel.mesh import Mesh, place
-from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.launch import place
+from ds_pretrain.parallel.mesh import Mesh
+from ds_pretrain.parallel.plan import ParallelPlan, layout_of
 from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.training import deepspeed_json
 
@@ -88,9 +89,7 @@ class Case:
 
     @property
     def layout(self) -> str:
-        data = self.plan.data(self.world)
-        plan = "" if str(self.plan) == "1" and data > 1 else str(self.plan)
-        return plan + ("x" if plan and data > 1 else "") + (f"DP{data}" if data > 1 else "")
+        return layout_of(self.plan, self.world)
 
     @property
     def rows(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ds_pretrain.evaluation.parity import Case, Result
-from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.plan import plan_of
 
 HEAD = (
     "objective", "layout", "precision", "ZeRO", "accumulation", "recompute", "loss error", "gradient error",
@@ -93,17 +93,9 @@ def _row(r: Result) -> tuple[str, ...]:
 def _result(row: Sequence[str]) -> Result:
     """What `_row` wrote."""
     objective, layout, precision, stage, accumulation, recompute, loss, gradient, worst, strayed, seconds, _ = row
-    plan, world = _plan(layout)
+    plan, world = plan_of(layout)
     case = Case(objective, plan, world, int(stage), int(accumulation), recompute == "yes", precision)
     return Result(case, float(loss), float(gradient), worst, int(strayed), float(seconds))
-
-
-def _plan(layout: str) -> tuple[ParallelPlan, int]:
-    """The plan and the world size of a `Case.layout`."""
-    parts = layout.replace("+SP", "").split("x")
-    size = {"TP": 1, "CP": 1, "PP": 1, "DP": 1} | {part[:2]: int(part[2:]) for part in parts if part != "1"}
-    plan = ParallelPlan(tensor=size["TP"], context=size["CP"], pipeline=size["PP"], sequence="+SP" in layout)
-    return plan, plan.unit * size["DP"]
 
 
 @dataclass(frozen=True)
