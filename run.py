@@ -62,7 +62,7 @@ def test(arguments):
     if arguments:
         call("pytest", *arguments)
         return
-    call("pytest", *ON_TWO_CORES, "--durations=8", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90")
+    call("pytest", *ON_TWO_CORES, "-rs", "--durations=8", "--cov", "--cov-report=term:skip-covered", "--cov-fail-under=90")
 
 
 def install(extra):

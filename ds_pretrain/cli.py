@@ -18,7 +18,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields, parse_run
+from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
+from ds_pretrain.core.files import BusyError
+from ds_pretrain.core.registry import unknown
+from ds_pretrain.runs import load_model, make_trainer, open_run, refuse, tokenizer_size
+from ds_pretrain.sweep.commands import app as sweep
+from ds_pretrain.sweep.spec import read as read_sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +32,11 @@ app = typer.Typer(
     help="Pre-training objectives for language models, under any DeepSpeed and megatron-core layout.\n\n"
     "Start with: prepare a corpus, preview an objective on it, train a run, eval it, generate from it.",
 )
+app.add_typer(sweep, name="sweep")
+scaling = typer.Typer(no_args_is_help=True, help="Scaling laws of finished runs.")
+app.add_typer(scaling, name="scaling")
+bench = typer.Typer(no_args_is_help=True, help="Measurements on the ranks that are here.")
+app.add_typer(bench, name="bench")
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a log is no 80 columns wide
 err = Console(stderr=True, highlight=False)
 
@@ -55,15 +65,21 @@ def prepare(
     tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train, validation and test.")] = "0.98,0.01,0.01",
     text_field: Annotated[str, typer.Option(help="Field of the text in jsonl and parquet.")] = "text",
+    jobs: Annotated[int, typer.Option(help="Processes; tools/prepare_data.py takes MPI ranks too.")] = 1,
 ) -> None:
     """Text to a tokenizer and memory-mapped stores, split by document."""
-    from ds_pretrain.data.prepare import prepare as run
-    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.curation.prepare import prepare as run
+    from ds_pretrain.curation.workers import workers
+    from ds_pretrain.parallel.launch import place
 
     if place().world > 1:
         raise ValueError(f"prepare is for one process, this job has {place().world}: start it without a launcher")
     shares = tuple(float(share) for share in split.split(","))
-    run(sources, output, vocab_size=vocab_size, kind=kind, tokenizer=tokenizer, split=shares, text_field=text_field)  # type: ignore[arg-type]
+    with workers(jobs) as team:
+        run(
+            sources, output, vocab_size=vocab_size, kind=kind, tokenizer=tokenizer, split=shares, text_field=text_field,  # type: ignore[arg-type]
+            workers=team,
+        )  # fmt: skip
 
 
 @app.command()
@@ -79,7 +95,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a run; in an existing output it continues from the newest sound checkpoint."""
-    config, dataset = _open_run(run, overrides)
+    config, dataset = open_run(run, overrides)
     if deterministic:
         _determine()
     if debug:
@@ -90,6 +106,23 @@ def train(
         _draw(trainer.output)
         verdict = "its loss DIVERGED, see above" if trainer.diverging else f"next: ds-pretrain eval {trainer.output}"
         out.print(f"trained to step {trainer.step}: {trainer.output}  ({verdict})")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def restart(
+    code: Annotated[int, typer.Argument(help="What the job ended with.")],
+    command: Annotated[list[str], typer.Argument(help="What it ran: train RUN [a.b=c ...], or sweep cell SPEC CELL.")],
+) -> None:
+    """For batch scripts: end with 0 if a job that failed is worth another start, else say why not and end with 1."""
+    import os
+
+    from ds_pretrain.training.restarts import why_not
+
+    output = _output_of([word for word in command if not word.startswith("-")])
+    most = int(os.environ.get("DS_PRETRAIN_RESTARTS", 10))
+    if reason := why_not(output, code, int(os.environ.get("SLURM_RESTART_COUNT", 0)), most):
+        err.print(f"{output} is not started again: {escape(reason)}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -104,15 +137,17 @@ def evaluate(
 
     from ds_pretrain.evaluation import ngram, perplexity, report
 
-    model, dataset = _load(output)
+    model, dataset = load_model(output)
     plain = model.objective.likelihood
     found: dict[str, dict[str, float]] = {}
     for objective in [model.objective, *([plain] if plain and plain != model.objective else [])]:
-        part = dataset.split(split, objective.evaluated)
-        scores = perplexity.evaluate(model.under(objective), part, max_tokens)
-        rows = [(f"{objective.name} at step {model.snapshot.manifest['step']}", scores)]
+        under, parts = model.under(objective), dataset.parts(split, objective.evaluated)
+        name = f"{objective.name} at step {model.snapshot.manifest['step']}"
+        named = {f"{name}, {folder}" if folder else name: part for folder, part in parts.items()}
+        rows = [(name, perplexity.evaluate(under, part, max_tokens)) for name, part in named.items()]
+        scores = rows[0][1]
         if baselines and objective in (plain, dataset.objective):
-            rows += ngram.baselines(dataset, part, max_tokens)
+            rows += ngram.baselines(dataset.split("train"), parts[""], max_tokens)
         found |= {name: score.as_metrics(objective.measure) for name, score in rows}
         if model.mesh.rank == 0:
             out.print(report.table(rows, objective.measure, title=f"{output}, {split} split"))
@@ -137,7 +172,7 @@ def generate(
     from ds_pretrain.evaluation.generate import generate as run
     from ds_pretrain.evaluation.generate import unmask
 
-    model, dataset = _load(output)
+    model, dataset = load_model(output)
     tokenizer, vocab = dataset.tokenizer, dataset.vocab
     start = tokenizer.encode(prompt).tolist()
     if model.objective.measure == "bound":
@@ -180,7 +215,7 @@ def preview(
         _known(target)
         if text or run:
             raise ValueError(f"{target} is a run: --text and --run go with an objective, as in preview mlm --run {target}")
-        _, dataset = _open_run(target, overrides)
+        _, dataset = open_run(target, overrides)
         _preview(dataset, rows or 2, png)
         return
     views = []
@@ -206,7 +241,7 @@ def infill(
 
     from ds_pretrain.evaluation import infill as task
 
-    model, dataset = _load(output)
+    model, dataset = load_model(output)
     if problems := [*task.problems(model.objective), *dataset.vocab.lacks("infilling", task.NAMES)]:
         raise ValueError(problems[0])
     part = dataset.split(split)
@@ -235,7 +270,7 @@ def similarity(
     """Hold a run's sentence embeddings against human scores: Spearman, alignment, uniformity."""
     from ds_pretrain.evaluation import embeddings
 
-    model, dataset = _load(output)
+    model, dataset = load_model(output)
     found = embeddings.similarity(_embedder(model, dataset), embeddings.read_scores(pairs))
     if model.mesh.rank == 0:
         table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
@@ -253,7 +288,7 @@ def probe(
     """Classify texts by a logistic regression on a run's frozen states, beside the untrained network."""
     from ds_pretrain.evaluation import embeddings
 
-    model, dataset = _load(output)
+    model, dataset = load_model(output)
     rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
     found = embeddings.probe(_embedder(model, dataset), _embedder(model.untrained(), dataset), rows)
     if model.mesh.rank == 0:
@@ -273,13 +308,38 @@ def plan(
     from ds_pretrain.planning import tables
 
     config = load_run(run, overrides or [])
-    _refuse(run, config.check(world))
-    size = _tokenizer_size(config)
+    refuse(run, config.check(world))
+    size = tokenizer_size(config)
     if size is None and config.model.vocab is None:
         size = ASSUMED_VOCABULARY
         out.print(f"{config.data.path} holds no tokenizer yet: a vocabulary of {size:,} is assumed (or give model.vocab)")
     for table in tables(config, world, size):
         out.print(table)
+
+
+@app.command()
+def doctor(
+    output: Annotated[str | None, typer.Argument(help="The output folder to come, which all nodes must share.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For the links between nodes; 0 leaves them out.")] = 10.0,
+) -> None:
+    """Examine the nodes of a job, under the launcher it will have: versions, devices, disks, clocks, every link between nodes.
+
+    What differs, is slow or broken is named with its node. A job on several nodes does the same, shorter, before it trains.
+    """
+    from ds_pretrain.parallel.doctor import examine
+    from ds_pretrain.parallel.mesh import start
+
+    where, found = start(), examine(Path(output) if output else None, seconds)
+    if where.rank == 0:
+        for table in found.tables():
+            out.print(table)
+        for warning in found.warnings():
+            out.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+        for problem in found.problems():
+            out.print(f"[bold red]problem[/bold red] {escape(problem)}", soft_wrap=True)
+        out.print("" if found.problems() else "fit to train")
+    if found.problems():
+        raise typer.Exit(1)
 
 
 @app.command(name="list")
@@ -290,7 +350,6 @@ def list_(
 ) -> None:
     """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations. Of one objective, what
     each field means."""
-    from ds_pretrain.core.registry import unknown
     from ds_pretrain.models.config import ModelConfig
     from ds_pretrain.models.presets import PRESETS
     from ds_pretrain.objectives import REGISTRY
@@ -336,7 +395,7 @@ def parity(
     """Train small models for every objective under every layout and print their distance from plain PyTorch."""
     from ds_pretrain.evaluation import parity as check
     from ds_pretrain.evaluation import parity_table as shown
-    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.parallel.launch import place
 
     if mutants or resume:
         _of_layouts(mutants)
@@ -359,7 +418,7 @@ def parity(
 def _of_layouts(seeded: bool) -> None:
     """Seeded bugs and the checks that see them, or checkpoints that change their layout."""
     from ds_pretrain.evaluation import elastic, mutants
-    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.parallel.launch import place
 
     if place().world > 1:
         raise ValueError(f"this starts its own ranks, the job has {place().world}: start it without a launcher")
@@ -373,69 +432,6 @@ def _of_layouts(seeded: bool) -> None:
         sound = all(result.passed for result in resumed)
     if not sound:
         raise typer.Exit(1)
-
-
-def make_trainer(config: RunConfig, dataset: Any) -> Any:
-    """The trainer that a run file describes."""
-    from ds_pretrain.training.trainer import PreTrainer
-
-    t = config.train
-    return PreTrainer(
-        model=config.model,
-        objective=dataset.objective,
-        dataset=dataset,
-        plan=config.parallel.plan(),
-        batch_size=config.batch.global_size,
-        micro_batch_size=config.batch.micro_size,
-        max_steps=t.max_steps,
-        optimizer=config.optimizer,
-        deepspeed=config.deepspeed_json(),
-        eval_every=t.eval_every,
-        eval_tokens=t.eval_tokens,
-        save_every=t.save_every,
-        keep=t.keep,
-        log_every=t.log_every,
-        check_every=t.check_every,
-        activation_checkpointing=t.activation_checkpointing,
-        compile=t.compile,
-        output=config.output,
-        seed=config.seed,
-        facts=config.model_dump(mode="json"),
-    )
-
-
-def _open_run(run: str, overrides: list[str] | None) -> tuple[RunConfig, Any]:
-    """The run and its training data; everything that is wrong with either in one error."""
-    from ds_pretrain.data.dataset import PretrainingDataset
-    from ds_pretrain.data.mixing import MixedDataset
-    from ds_pretrain.data.tokenizer import TextTokenizer
-    from ds_pretrain.parallel.mesh import place
-
-    config = load_run(run, overrides or [])
-    problems = config.check(place().world, _tokenizer_size(config))
-    folders = [("data.path", config.data.path), *(("data.mix", folder) for folder in config.data.mix)]
-    problems += [
-        f"{field} {folder} holds no prepared data: make it with ds-pretrain prepare TEXT -o {folder}"
-        for field, folder in folders
-        if not (Path(folder) / "train.idx").is_file()
-    ]
-    _refuse(run, problems)
-    tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    try:
-        dataset = PretrainingDataset(
-            config.data.path,
-            tokenizer,
-            config.batch.seq_len,
-            config.make_objective(),
-            "train",
-            config.seed,
-            config.batch.lengths,
-            _verify(),
-        )
-        mixed = MixedDataset(dataset, config.data.mix, config.data.mix_by) if config.data.mix else dataset
-    except ValueError as error:
-        raise ConfigError(run, str(error).split("; ")) from error
-    return config, mixed
 
 
 def _embedder(model: Any, dataset: Any) -> Any:
@@ -454,48 +450,6 @@ def _of(part: int, whole: list) -> str:
     return f"{part} ({part / len(whole):.1%})" if whole else "-"
 
 
-def _tokenizer_size(config: RunConfig) -> int | None:
-    from ds_pretrain.data.tokenizer import TextTokenizer
-
-    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
-    return len(TextTokenizer.load(folder)) if folder.exists() else None
-
-
-def _refuse(run: str, problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(run, problems)
-
-
-def _load(output: str) -> tuple[Any, Any]:
-    """A finished run's model and its dataset."""
-    import yaml
-
-    from ds_pretrain.data.dataset import PretrainingDataset
-    from ds_pretrain.data.tokenizer import TextTokenizer
-    from ds_pretrain.parallel.mesh import place
-    from ds_pretrain.parallel.plan import ParallelPlan
-    from ds_pretrain.training.inference import FrozenModel
-
-    path = Path(output) / "run.yaml"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained")
-    config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    objective = config.make_objective()
-    tokenizer = TextTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    dataset = PretrainingDataset(
-        config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed, verify=_verify()
-    )
-    tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
-    return FrozenModel(output, objective, ParallelPlan(tensor=tensor)), dataset
-
-
-def _verify() -> Any:
-    """One process of a node compares the data with their checksums."""
-    from ds_pretrain.parallel.mesh import place
-
-    return "full" if place().local_rank == 0 else "sizes"
-
-
 def _determine() -> None:
     """No kernel whose sums have an order of their own; an operation that has no other ends the run with its name."""
     import torch
@@ -506,10 +460,75 @@ def _determine() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@scaling.command()
+def fit(
+    table: Annotated[str, typer.Argument(help="CSV or parquet, as `sweep collect` writes it; its curves.csv serves too.")],
+    size: Annotated[str, typer.Option(help="N: parameters (without embeddings) or parameters_total.")] = "parameters",
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column's name here, as loss=val_loss; repeat it for more.")
+    ] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="FLOPs to spend best; repeat it for more.")] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the runs, those of most compute, to predict from the others.")
+    ] = 0.2,
+    resamples: Annotated[int, typer.Option(help="Of the runs, for the intervals.")] = 500,
+    output: Annotated[
+        str | None, typer.Option("--out", help="Folder of report and pictures; scaling/ beside the table.")
+    ] = None,
+) -> None:
+    """Fit the laws of Kaplan and of Chinchilla (three ways), for each objective, with intervals and held-out errors."""
+    import json
+
+    from ds_pretrain.evaluation import scaling as laws
+    from ds_pretrain.evaluation import scaling_plot
+
+    if size not in laws.SIZES:
+        raise ValueError(unknown("--size", size, laws.SIZES))
+    names = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    report = laws.fit(laws.read(table, names, size), budget or [], resamples, held_out=held_out)  # type: ignore[arg-type]
+    for each in report.tables():
+        out.print(each)
+    folder = Path(output or Path(table).parent / "scaling")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scaling.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    for picture in scaling_plot.draw(report, folder):
+        out.print(f"picture: {picture}")
+
+
+@bench.command(name="scaling")
+def bench_scaling(
+    run: Run,
+    overrides: Overrides = None,
+    layouts: Annotated[
+        str, typer.Option(help="Layouts, comma-separated; under a launcher those of its world size.")
+    ] = "1,DP2,TP2,PP2",
+    kind: Annotated[str, typer.Option(help="strong: the rows of a step stay; weak: those of a data rank.")] = "strong",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each that count.")] = 20,
+) -> None:
+    """Train a run on several world sizes and layouts: speed, efficiency and bytes sent, beside what is predicted of each."""
+    from ds_pretrain import efficiency
+
+    if kind not in ("strong", "weak"):
+        raise ValueError(unknown("--kind", kind, ("strong", "weak")))
+    points = efficiency.run(load_run(run, overrides or []), layouts.split(","), kind, steps)  # type: ignore[arg-type]
+    if points:
+        out.print(efficiency.table(points, kind))  # type: ignore[arg-type]
+
+
+def _output_of(command: list[str]) -> Path:
+    """Where a command that was given to a launcher trains."""
+    match command:
+        case ["train", run, *overrides]:
+            return Path(load_run(run, overrides).output)
+        case ["sweep", "cell", name, which]:
+            return read_sweep(name).find(which).folder
+    raise typer.Exit(1)
+
+
 def _debug(dataset: Any, config: RunConfig) -> None:
     import torch
 
-    from ds_pretrain.parallel.mesh import place
+    from ds_pretrain.parallel.launch import place
 
     if place().world != 1:
         raise ValueError(f"--debug is for one process, this job has {place().world}: start it without a launcher")
@@ -599,9 +618,19 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
+def _speaks() -> bool:
+    """Whether this is the first rank of its node, or its launcher says nothing sound."""
+    from ds_pretrain.parallel.launch import place
+
+    try:
+        return place().local_rank == 0
+    except ValueError:
+        return True
+
+
 def main() -> None:
-    """Run a command; user mistakes end with a message and exit code 2, divergence with 3, a signal with 128 + its number."""
-    from ds_pretrain.parallel.mesh import place
+    """Run a command. Exit codes: 2 a mistake of the user's, 3 divergence, 75 an output that another process holds, 76 a rank
+    that hung, 128 + the number of a signal."""
     from ds_pretrain.training.signals import InterruptedRun
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
@@ -611,9 +640,10 @@ def main() -> None:
     except (ValueError, ArithmeticError, OSError, InterruptedRun) as error:
         if "--debug" in sys.argv:
             raise
-        code: dict[type[Exception], int] = {ValueError: 2, OSError: 2, ArithmeticError: 3}
-        if place().local_rank == 0 or not isinstance(error, (ConfigError, InterruptedRun)):  # the same on a node's ranks
-            err.print(f"[bold red]error[/bold red] {escape(str(error))}", soft_wrap=True)
+        code: dict[type[Exception], int] = {BusyError: 75, ValueError: 2, OSError: 2, ArithmeticError: 3}
+        if _speaks() or not isinstance(error, (ConfigError, InterruptedRun)):  # which are the same on a node's ranks
+            kind = "" if getattr(error, "exit_code", 1) == 0 else "[bold red]error[/bold red] "
+            err.print(f"{kind}{escape(str(error))}", soft_wrap=True)
         sys.exit(next((number for kind, number in code.items() if isinstance(error, kind)), getattr(error, "exit_code", 1)))
 
 

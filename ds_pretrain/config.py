@@ -111,6 +111,10 @@ class TrainConfig(_Section):
     """Write a metrics line every so many steps."""
     check_every: int = Field(1000, ge=0)
     """Compare what ranks must hold alike after the first step of a start or resume and every so many steps; 0: never."""
+    watchdog_seconds: float = Field(1800, ge=0)
+    """End the job with all stacks where a rank makes no step, evaluation or checkpoint for so long; 0: never."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop with a checkpoint after so many minutes of training; the same command goes on from there."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -231,8 +235,9 @@ def configs() -> Path:
     return beside if beside.is_dir() else package / "ds_configs"
 
 
-def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run file (path or shipped name) with overrides. ConfigError lists everything that does not parse."""
+def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """A run file (path or shipped name) with overrides, as texts a.b=c or as values by a.b. ConfigError lists everything that
+    does not parse."""
     path = find(name, "runs", ".yaml")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -240,15 +245,24 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["a run file is a mapping of sections (model, objective, data, ...)"])
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign:
-            raise ConfigError(str(path), [f"override {override!r} must look like section.key=value"])
-        try:
-            _set(values, key.split("."), yaml.safe_load(text) if text else "")
-        except yaml.YAMLError as error:
-            raise ConfigError(str(path), [f"override {override!r} is not readable as YAML: {error}"]) from error
-    return parse_run(_numbers(values), str(path))
+    settings = overrides if isinstance(overrides, Mapping) else dict(_setting(text, str(path)) for text in overrides)
+    for key, value in settings.items():
+        _set(values, key.split("."), value)
+    return parse_run(numbers(values), str(path))
+
+
+def _setting(override: str, where: str) -> tuple[str, Any]:
+    """The field and the value of an override."""
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError(where, [f"override {override!r} must look like section.key=value"])
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(where, [f"override {override!r} is not readable as YAML: {error}"]) from error
+    if isinstance(value, dict) and None in value.values():
+        raise ConfigError(where, [f"override {override!r}: put a space after each colon, as in {{a: 0.9, b: 0.1}}"])
+    return key, value
 
 
 def parse_run(values: Mapping[str, Any], where: str = "run") -> RunConfig:
@@ -286,12 +300,12 @@ def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _numbers(value: Any) -> Any:
+def numbers(value: Any) -> Any:
     """YAML 1.1 reads 3e-4 as text; make numbers of such text."""
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        return {k: numbers(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
+        return [numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from ds_pretrain.data.prepare import prepare
+from ds_pretrain.curation.prepare import prepare
 
 torch.set_num_threads(1)
 

@@ -93,9 +93,10 @@ def test_the_output_holds_what_the_contract_names(trained):
 def test_training_again_goes_on_where_it_stopped(trained, run_file):
     before = losses(trained)
     ok("train", run_file)
-    assert losses(trained) == before
-    ok("train", run_file, "train.max_steps=8")
+    assert losses(trained) == before and not list(trained.glob("run-until-*"))
+    said = ok("train", run_file, "train.max_steps=8")
     assert losses(trained)[:6] == before and len(losses(trained)) == 8
+    assert "other settings from here on: train.max_steps: 6 -> 8" in said and (trained / "run-until-6.yaml").exists()
 
 
 def test_eval_generate_and_preview(trained, run_file, tmp_path):
@@ -298,3 +299,35 @@ def test_list_shows_one_section_alone(section, name):
     out = ok("list", section)
     assert out.startswith(section) and name in out
     assert not any(other in out.splitlines() for other in ("objectives", "presets", "runs", "deepspeed") if other != section)
+
+
+def test_an_output_that_another_job_trains_into_is_left_alone(run_file, tmp_path):
+    (tmp_path / "lock").touch()
+    hold = "f = hold(pathlib.Path('lock')); print(flush=True); sys.stdin.read()"
+    holding = f"import sys, pathlib; from ds_pretrain.core.files import hold; {hold}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", holding], cwd=tmp_path, env=environment(), **pipes)
+    try:
+        holder.stdout.readline()
+        ran = process(sys.executable, "-m", "ds_pretrain", "train", run_file, f"output={tmp_path}")
+    finally:
+        holder.communicate()
+    assert ran.returncode == 75 and f"is in use by process {holder.pid}" in ran.stderr.replace("\n", " "), ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_nodes_are_examined_and_said_to_be_fit(tmp_path):
+    assert "fit to train" in ok("doctor", tmp_path / "out", "--seconds", 1)
+
+
+def test_scaling_laws_are_fitted_to_a_table_of_runs(tmp_path, monkeypatch, capsys):
+    rows = [(n, d, 1.7 + 400 / n**0.34 + 410 / d**0.28) for n in (1e7, 3e7, 1e8, 3e8) for d in (1e9, 3e9, 1e10)]
+    lines = ["size,tokens,val_loss", *(f"{n:.0f},{d:.0f},{loss:.6f}" for n, d, loss in rows)]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    told = ok(
+        "scaling", "fit", tmp_path / "runs.csv", "--column", "parameters=size", "--column", "loss=val_loss", "--resamples", 20
+    )
+    assert "Chinchilla approach 3" in told and "parameters without embeddings" in told
+    assert {path.suffix for path in (tmp_path / "scaling").iterdir()} == {".json", ".png"}
+    code, told = ends(monkeypatch, capsys, "scaling", "fit", tmp_path / "runs.csv", "--size", "parametres")
+    assert code == 2 and "did you mean 'parameters'" in told

@@ -1,6 +1,7 @@
 """The house stands only while its rooms keep to themselves: imports are read from the sources, nothing is executed."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import ds_pretrain
 
 ROOT = Path(ds_pretrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = {"core", "objectives", "data", "parallel", "models", "training", "evaluation", "interop", "curation"}
+ROOMS = {"core", "objectives", "data", "parallel", "models", "training", "evaluation", "interop", "curation", "sweep"}
 MAY_IMPORT = {
     "core": set(),
     "objectives": {"core"},
@@ -20,12 +21,13 @@ MAY_IMPORT = {
     "interop": {"core", "models", "parallel"},
     "training": {"core", "objectives", "data", "parallel", "models", "evaluation"},
     "evaluation": {"core", "objectives", "data", "parallel", "models", "training"},
+    "sweep": {"core", "models", "parallel", "training", "evaluation"},
 }
 ONLY_IN = {
     "torch.distributed": {"parallel", "training"},
     "deepspeed": {"training"},
     "megatron": {"parallel", "models"},
-    "mpi4py": {"curation"},
+    "mpi4py": {"curation", "parallel"},
 }
 
 
@@ -61,19 +63,7 @@ def test_libraries_stay_in_their_rooms(path):
 
 
 def test_core_needs_torch_and_numpy_only():
-    allowed = {
-        "__future__",
-        "torch",
-        "numpy",
-        "ds_pretrain",
-        "collections",
-        "dataclasses",
-        "typing",
-        "functools",
-        "difflib",
-        "hashlib",
-        "unicodedata",
-    }
+    allowed = sys.stdlib_module_names | {"torch", "numpy", "ds_pretrain"}
     for path in FILES:
         if room(path) == "core":
             assert {name.split(".")[0] for name in imported(path)} <= allowed, path

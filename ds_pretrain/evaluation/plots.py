@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,11 +131,11 @@ def _draw_heads(axes: Axes, history: History, window: int) -> list[Mark]:
 
 def _draw_evaluations(axes: Axes, history: History) -> list[Mark]:
     marks = []
-    for split in dict.fromkeys(line["split"] for line in history.evaluations):
+    for split, colour in zip(dict.fromkeys(line["split"] for line in history.evaluations), cycle([ORANGE, *EXTRA[::-1]])):
         steps, values = _points([line for line in history.evaluations if line["split"] == split], "loss")
         if len(values):
-            axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.2, label=split, zorder=3, clip_on=False)
-            marks.append(Mark(values[-1], split, ORANGE))
+            axes.plot(steps, values, "o-", color=colour, markersize=5, linewidth=1.2, label=split, zorder=3, clip_on=False)
+            marks.append(Mark(values[-1], split.rpartition("/")[2], colour))
     return marks
 
 

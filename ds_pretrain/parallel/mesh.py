@@ -1,18 +1,17 @@
 """From an environment to a mesh: rendezvous, groups, and the random streams of each rank.
 
-Rank and world size come from the launcher's environment (torchrun, deepspeed, SLURM, Open MPI); without one the process
-is a world of its own and no port is opened.
+Rank, world size and meeting point come from the launcher's environment (`launch`); without one the process is a world of its
+own and no port is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,42 +19,25 @@ from torch import Tensor
 
 from ds_pretrain.core import rng
 from ds_pretrain.parallel.cpu import adapt
+from ds_pretrain.parallel.launch import Place, join, place
+from ds_pretrain.parallel.links import reach
 from ds_pretrain.parallel.plan import Coordinate, ParallelPlan
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
-
-
-class Place(NamedTuple):
-    """This process among the processes of the job."""
-
-    rank: int
-    world: int
-    local_rank: int
-
-
-def place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Read the launcher's variables; a world of one without them."""
-    for names in _LAUNCHERS:
-        if all(name in environ for name in names):
-            return Place(*(int(environ[name]) for name in names))
-    return Place(0, 1, 0)
 
 
 def start(where: Place | None = None) -> Place:
     """Join the job's process group (NCCL with CUDA, gloo without). Safe to call twice."""
+    if dist.is_initialized():
+        return Place(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
     where = where or place()
     if torch.cuda.is_available():
         torch.cuda.set_device(where.local_rank)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        alone = {"store": dist.HashStore()} if where.world == 1 else {"init_method": "env://"}
-        dist.init_process_group(backend, rank=where.rank, world_size=where.world, timeout=TIMEOUT, **alone)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = join(where)
+    reach(store, where)
+    dist.init_process_group(backend, store=store, rank=where.rank, world_size=where.world, timeout=TIMEOUT)
     for name, value in (("RANK", where.rank), ("WORLD_SIZE", where.world), ("LOCAL_RANK", where.local_rank)):
         os.environ[name] = str(value)  # DeepSpeed and megatron-core read these, whoever the launcher was
     return where
@@ -199,7 +181,8 @@ def _groups_of_ends(mesh: Mesh) -> list[dist.ProcessGroup]:
         return []
     places = [mesh.plan.coordinate(rank, mesh.world) for rank in range(mesh.world)]
     outer = [rank for rank, at in enumerate(places) if at.pipeline in (0, mesh.plan.pipeline - 1)]
-    return [dist.new_group([rank for rank in outer if places[rank].tensor == t]) for t in range(mesh.plan.tensor)]
+    rows = [[rank for rank in outer if places[rank].tensor == t] for t in range(mesh.plan.tensor)]
+    return [dist.new_group(row, timeout=TIMEOUT) for row in rows]
 
 
 def _tear_down() -> None:

@@ -73,3 +73,22 @@ class ParallelPlan:
 def stage_of_layer(layers: int, stages: int) -> list[int]:
     """The stage of each transformer layer: as even as can be, the remainder on the first stages."""
     return [stage for stage in range(stages) for _ in range(layers // stages + (stage < layers % stages))]
+
+
+def layout_of(plan: ParallelPlan, world: int) -> str:
+    """The name of a plan in a world of that size, such as TP2xDP2."""
+    data = plan.data(world)
+    axes = [name for name in (str(plan), f"DP{data}") if name not in ("1", "DP1")]
+    return "x".join(axes) or "1"
+
+
+def plan_of(layout: str) -> tuple[ParallelPlan, int]:
+    """The plan and the world size of a name. ValueError if it is none."""
+    parts = layout.replace("+SP", "").split("x")
+    size = {"TP": 1, "CP": 1, "PP": 1, "DP": 1}
+    for part in parts if parts != ["1"] else ():
+        if part[:2] not in size or not part[2:].isdecimal():
+            raise ValueError(f"layout {layout!r}: name the axes and their ranks, such as DP4, TP2xDP2 or TP2+SPxPP2")
+        size[part[:2]] = int(part[2:])
+    plan = ParallelPlan(tensor=size["TP"], context=size["CP"], pipeline=size["PP"], sequence="+SP" in layout)
+    return plan, plan.unit * size["DP"]

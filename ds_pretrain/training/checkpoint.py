@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ds_pretrain.core.files import sync
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.shards import Shard
@@ -141,19 +142,11 @@ def commit(attempt: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     body = json.dumps(manifest, indent=1, sort_keys=True)
     sealed = {"manifest": json.loads(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}
     _write_synced(attempt / "manifest.json", json.dumps(sealed, indent=1, sort_keys=True).encode())
-    _sync_folder(attempt)
+    sync(attempt)
     if final.exists():  # this step was damaged and is made again
         _remove(final)
     attempt.rename(final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(final.parent)
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

@@ -30,7 +30,7 @@ from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import Block, Build, Network, initialise
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.comm import DataComm, all_reduce
-from ds_pretrain.parallel.mesh import Mesh, Mpu
+from ds_pretrain.parallel.mesh import TIMEOUT, Mesh, Mpu
 from ds_pretrain.training.context import divide_positions
 from ds_pretrain.training.deepspeed_json import offloads
 from ds_pretrain.training.metrics import real_tokens
@@ -313,8 +313,17 @@ def create_engine(build: Build, objective: Objective, optimizer: OptimizerConfig
     """The engine that the plan asks for. deepspeed: a resolved DeepSpeed JSON, without "auto"."""
     from ds_pretrain.training.pipeline import PipelineEngine
 
+    limit_groups()
     kind = PipelineEngine if build.mesh.plan.pipeline > 1 else PlainEngine
     return kind(build, objective, optimizer, deepspeed, seed)
+
+
+@functools.cache
+def limit_groups() -> None:
+    """Collectives in DeepSpeed's own groups end with an error after `TIMEOUT`, not after half an hour."""
+    from deepspeed.comm.torch import TorchBackend
+
+    TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group([*ranks], timeout=TIMEOUT)
 
 
 @functools.cache
@@ -323,11 +332,13 @@ def share_groups() -> None:
     engine and ends none: engines made one after the other would run out of sockets, and wait for them to be connected."""
     from deepspeed.comm.torch import TorchBackend
 
+    limit_groups()
     made: dict[tuple[int, ...], Any] = {}
+    make = TorchBackend.new_group
 
     def new_group(self: Any, ranks: Sequence[int]) -> Any:
         if (key := tuple(ranks)) not in made:
-            made[key] = torch.distributed.new_group([*ranks])
+            made[key] = make(self, ranks)
         return made[key]
 
     TorchBackend.new_group = new_group

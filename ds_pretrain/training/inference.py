@@ -23,16 +23,18 @@ from ds_pretrain.training.engine import Criterion, Model, build_for, to_device
 
 
 class FrozenModel(Model):
-    """The newest sound checkpoint below `output`, fp32, for evaluation and generation."""
+    """The newest sound checkpoint below `output`, or the one that is named, fp32, for evaluation and generation."""
 
     micro_size = 8
 
-    def __init__(self, output: str | Path, objective: Objective, plan: ParallelPlan = ParallelPlan()) -> None:
+    def __init__(
+        self, output: str | Path, objective: Objective, plan: ParallelPlan = ParallelPlan(), checkpoint: str | None = None
+    ) -> None:
         if plan.pipeline > 1:
             raise ValueError(f"a model is loaded without a pipeline, not on {plan.pipeline} stages: set parallel.pipeline=1")
         mesh = Mesh.build(plan)
         folder = Path(output) / "checkpoints"
-        path = newest(folder, mesh)
+        path = folder / checkpoint if checkpoint else newest(folder, mesh)
         if path is None:
             raise ValueError(f"no checkpoint in {folder}: train the run first")
         self.snapshot = Snapshot(path)

@@ -112,6 +112,13 @@ def told(found: Mapping[str, Any]) -> str:
     return f"{found['split']} {figures}"
 
 
+def packed(fit: Mapping[str, float]) -> str:
+    """How a source's documents fill rows, in one line."""
+    lost = f"{fit['too_short']:,} are too short and left out ({fit['lost_tokens']:,} tokens)" if fit["too_short"] else ""
+    told = [f"{fit['documents']:,} documents", f"{fit['cut']:,} are longer than a row and cut", lost]
+    return ", ".join(filter(None, [*told, f"{fit['waste']:.2%} of the positions stay empty"]))
+
+
 def _cut(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]

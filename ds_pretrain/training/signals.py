@@ -1,33 +1,56 @@
-"""A request to stop, noted now and obeyed between two steps: Ctrl-C, and the SIGTERM that clusters send before they preempt."""
+"""A request to stop, noted now and obeyed between two steps, with a checkpoint.
+
+Ctrl-C; the SIGTERM of whoever cancels; the SIGUSR1 that clusters send before a limit or a pre-emption, after which the job is
+to come back; a file `stop` in the output folder; and an end that was set beforehand (`train.max_minutes`).
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FILE, TIME = 1001, 1002
+"""Reasons that are no signals."""
 
 
 class InterruptedRun(Exception):
-    """A run that was asked to stop and did. signal: the number; `exit_code` is what shells expect of it."""
+    """A run that was asked to stop and did. reason: a signal's number, `FILE` or `TIME`; `exit_code` is what shells expect."""
 
-    def __init__(self, number: int, told: str) -> None:
-        self.signal = number
-        super().__init__(f"{signal.Signals(number).name}: {told}")
+    def __init__(self, reason: int, told: str) -> None:
+        self.reason = reason
+        name = {FILE: "its file `stop`", TIME: "train.max_minutes"}.get(reason) or signal.Signals(reason).name
+        super().__init__(f"{name}: {told}")
 
     @property
     def exit_code(self) -> int:
-        return 128 + self.signal
+        """128 + the signal for an interruption; 0 for an end in good order."""
+        return 128 + self.reason if self.reason in (signal.SIGINT, signal.SIGTERM) else 0
 
 
 class StopRequest:
-    """Inside `with`, the first signal is noted in `number` (0 before); a second one acts as it always does."""
+    """Inside `with`, the first signal is noted (a second one acts as it always does).
 
-    def __init__(self) -> None:
-        self.number = 0
+    file: stops when it is there; None on ranks that do not look. minutes: stops when so many have passed; None: never.
+    """
+
+    def __init__(self, file: Path | None = None, minutes: float | None = None) -> None:
+        self._signal, self._file = 0, file
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
         self._before: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> int:
+        """Why to stop now, as `InterruptedRun` names it; 0: go on."""
+        if self._signal:
+            return self._signal
+        if self._file and self._file.exists():
+            return FILE
+        return TIME if time.monotonic() > self._end else 0
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
@@ -38,7 +61,7 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self._signal = number
         self._restore()
 
     def _restore(self) -> None:

@@ -6,17 +6,20 @@ its output continues from it exactly where it stopped, and a run that finds itse
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from ds_pretrain.core.batch import Batch
+from ds_pretrain.core.differing import differing
+from ds_pretrain.core.files import BusyError, hold
 from ds_pretrain.data.audit import Audit
 from ds_pretrain.data.dataset import Cursor, PretrainingDataset
 from ds_pretrain.data.loader import Loader, Step, check_sizes
@@ -25,12 +28,13 @@ from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives.base import Objective
 from ds_pretrain.parallel.mesh import Mesh, start
-from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.plan import ParallelPlan, layout_of
 from ds_pretrain.training import agreement, checkpoint, deepspeed_json, state
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
-from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, step_flops, told
+from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, packed, step_flops, told
 from ds_pretrain.training.optimizer import OptimizerConfig
 from ds_pretrain.training.signals import InterruptedRun, StopRequest
+from ds_pretrain.training.watchdog import Watchdog
 
 ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """DeepSpeed's configuration when none is given: fp32, optimizer states divided over the data ranks."""
@@ -70,6 +74,8 @@ class PreTrainer:
         keep: int = 2,
         log_every: int = 1,
         check_every: int = 1000,
+        watchdog_seconds: float = 1800,
+        max_minutes: float | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
         output: str | Path | None = None,
@@ -98,6 +104,7 @@ class PreTrainer:
         self.eval_every, self.eval_tokens, self.save_every = eval_every, eval_tokens, save_every
         self.keep, self.log_every, self.seed = keep, log_every, seed
         self.check_every, self._checked = check_every, False
+        self.watchdog_seconds, self.max_minutes = watchdog_seconds, max_minutes
         self.optimizer = optimizer or OptimizerConfig(lr=learning_rate or 3e-4)
         self.output = Path(output) if output is not None else None
         self.facts = dict(facts or {})
@@ -116,34 +123,43 @@ class PreTrainer:
         self.progress = progress and self.mesh.rank == 0
         self.step, self.tokens, self.consumed = 0, 0, Counter[str]()
         self.cursor: Cursor | MixedCursor = dataset.first
-        self._first_loss, self.diverging = 0.0, False
+        self._first_loss, self.diverging, self.changed = 0.0, False, ""
         self.audit = Audit(objective, dataset.vocab)
+        self._held: IO[str] | None = None
         if self.output:
             self._open(self.output)
 
     def train(self) -> StepResult | None:
         """Run to `max_steps`; returns the last step's result (None if there was nothing left to do).
 
-        Ctrl-C or SIGTERM on any rank ends it after the step at hand with a checkpoint of it and InterruptedRun.
+        A request to stop on any rank (see `signals`) ends it after the step at hand with a checkpoint of it and InterruptedRun.
         """
+        with self._held or contextlib.nullcontext():
+            return self._train()
+
+    def _train(self) -> StepResult | None:
         metrics = MetricsLog(self.output / "metrics.jsonl" if self.output and self.mesh.rank == 0 else None, self.step)
         loader = Loader(
             self.dataset, self.batch_size, self.micro_batch_size, self.mesh.at.data, self.mesh.data_size, self.cursor
         )
         result = None
-        with loader, StopRequest() as stop, Watch(self.objective.name, self.step, self.max_steps, self.progress) as watch:
-            watch.say(self._header())
+        stop = StopRequest(self.output / "stop" if self.output and self.mesh.rank == 0 else None, self.max_minutes)
+        watchdog = Watchdog(self.watchdog_seconds, self.mesh.rank, self.output / "stacks" if self.output else None)
+        watch = Watch(self.objective.name, self.step, self.max_steps, self.progress)
+        with loader, stop, watchdog, watch:
+            watch.say("\n".join(filter(None, [self._header(), self.changed])))
+            for name, fit in self.dataset.packing().items() if watch.shown else ():
+                watch.say(f"{name}: {packed(fit)}")
             while self.step < self.max_steps:
                 result = self._one_step(loader, metrics, watch)
-                stopped = int(self.mesh.max(stop.number))
+                watchdog.beat(f"step {self.step}")
+                stopped = int(self.mesh.max(stop.reason))
                 last = self.step == self.max_steps
                 if self.eval_every and (self.step % self.eval_every == 0 or last) and not stopped:
-                    found = self.evaluate("validation")
-                    seen = {"realised": self.audit.shares, "sources": self.dataset.progress(self.cursor)}  # type: ignore[arg-type]
-                    metrics.write({"step": self.step, "tokens": self.tokens, **found, **seen})
-                    watch.say(f"step {self.step:,} of {self.max_steps:,}: {told(found)}")
+                    self._evaluate_all(metrics, watch, watchdog)
                 if self.output and (last or stopped or (self.save_every and self.step % self.save_every == 0)):
                     self.save()
+                    watchdog.beat(f"the checkpoint of step {self.step}")
                 if stopped and not last:
                     metrics.close()
                     kept = (
@@ -162,16 +178,29 @@ class PreTrainer:
         here = {shard.name: math.prod(shard.shape) for shard, _ in state.local_parameters(self.model)}
         parameters = sum({name: size for stage in self.mesh.gather(here) for name, size in stage.items()}.values()) / 1e6
         where = "start" if self.step == 0 else f"resuming at step {self.step:,}"
+        layout = layout_of(self.plan, self.mesh.world)
         return (
             f"{where}: {self.objective.name}, {parameters:,.1f}M parameters, {self.batch_size} x {self.dataset.seq_len} "
-            f"positions a step, {self.max_steps:,} steps, layout {self.plan} on {self.mesh.world} x {self.mesh.device.type}, "
+            f"positions a step, {self.max_steps:,} steps, layout {layout} on {self.mesh.world} x {self.mesh.device.type}, "
             f"ZeRO-{self.model.stage}, output {self.output or 'none'}"
         )
 
     def evaluate(self, split: str, max_tokens: int | None = None) -> dict[str, Any]:
         """Loss and what it means (perplexity and bits per byte, or accuracy) on another split of the dataset."""
-        scores = evaluate(self.model, self.dataset.split(split), max_tokens or self.eval_tokens)
-        return {"split": split, **scores.as_metrics(self.objective.measure)}
+        return self._scored(split, self.dataset.split(split), max_tokens or self.eval_tokens)
+
+    def _scored(self, name: str, part: PretrainingDataset, max_tokens: int | None) -> dict[str, Any]:
+        return {"split": name, **evaluate(self.model, part, max_tokens).as_metrics(self.objective.measure)}
+
+    def _evaluate_all(self, metrics: MetricsLog, watch: Watch, watchdog: Watchdog) -> None:
+        """The validation split of every folder; with the first what the batches held and where they came from."""
+        seen = {"realised": self.audit.shares, "sources": self.dataset.progress(self.cursor)}  # type: ignore[arg-type]
+        for folder, part in self.dataset.parts("validation").items():
+            found = self._scored(f"validation of {folder}" if folder else "validation", part, self.eval_tokens)
+            metrics.write({"step": self.step, "tokens": self.tokens, **found, **seen})
+            watch.say(f"step {self.step:,} of {self.max_steps:,}: {told(found)}")
+            watchdog.beat(f"the evaluation after step {self.step}")
+            seen = {}
 
     def save(self) -> Path:
         """Write a checkpoint of this step now (collective)."""
@@ -251,36 +280,60 @@ class PreTrainer:
             "tokens_per_second": round(result.tokens / seconds, 1),
             "skipped_steps": result.skipped,
         }
-        flops = step_flops(self.shape, self.objective, batches)
-        share = mfu(flops, seconds, self.plan.tensor * self.plan.pipeline)
+        here = step_flops(self.shape, self.objective, batches)
+        share = mfu(here, seconds, self.plan.tensor * self.plan.pipeline)
+        line["flops"] = here * self.mesh.data_size
         return line if share is None else {**line, "mfu": share}
 
     def _open(self, output: Path) -> None:
         """Take over the output folder: continue from its newest sound checkpoint, or start it."""
+        if refused := self.mesh.agree(self._take(output) if self.mesh.rank == 0 else None):
+            raise refused
         found = checkpoint.newest(output / "checkpoints", self.mesh)
         if found:
             self._resume(checkpoint.Snapshot(found))
         if failed := self.mesh.agree(self._write_down(output) if self.mesh.rank == 0 else ""):
             raise OSError(failed)
 
+    def _take(self, output: Path) -> OSError | None:
+        """Keep other jobs out of the output folder; returns why it cannot be had."""
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self._held = hold(output / "lock")
+        except BusyError as error:
+            return BusyError(f"{error}: wait for it, or choose another output")
+        except OSError as error:
+            return OSError(f"output {output} cannot be written: {error}")
+        return None
+
     def _write_down(self, output: Path) -> str:
         """run.yaml and the DeepSpeed settings as they run; returns what went wrong."""
         try:
-            output.mkdir(parents=True, exist_ok=True)
+            if (output / "stop").exists():
+                return f"{output / 'stop'} is there to keep this run from training: remove it to go on"
             if self.facts:
                 facts = {**self.facts, "model": self.shape.model_dump(mode="json")}
+                self._keep_old(output / "run.yaml", facts)
                 (output / "run.yaml").write_text(yaml.safe_dump(facts, sort_keys=False), encoding="utf-8")
                 (output / "deepspeed.json").write_text(json.dumps(self.deepspeed, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return f"output {output} cannot be written: {error}"
         return ""
 
+    def _keep_old(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Where a run goes on with other settings, these are said and the old ones stay as run-until-STEP.yaml."""
+        was = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else facts
+        if changed := differing(was, facts):
+            path.rename(path.with_name(f"run-until-{self.step}.yaml"))
+            self.changed = f"other settings from here on: {changed}"
+
     def _resume(self, snapshot: checkpoint.Snapshot) -> None:
         m = snapshot.manifest
         if (m["data"], m["objective"]) != (self.dataset.digest, self.objective.name):
+            resized = f", or resize it again with --data {self.dataset.digest}" if "resized" in m["data"] else ""
             raise ValueError(
                 f"{snapshot.path} was trained with {m['objective']} on data {m['data']}, this run has {self.objective.name} "
-                f"on {self.dataset.digest} (text, seq_len, seed and split count): use another output"
+                f"on {self.dataset.digest} (text, seq_len, seed and split count): use another output{resized}"
             )
         if m["objective_fields"] != repr(self.objective):
             raise ValueError(

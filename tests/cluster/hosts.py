@@ -1,7 +1,7 @@
 """Hosts on one machine, for what must run on several.
 
 Each has a name, an address, processes, shared memory, temporary files and an ssh server of its own (Linux namespaces); all
-are on one switch and share the file system. Needs root and the Debian packages below.
+are on one switch and share the file system. Needs root and what install.sh installs.
 """
 
 import contextlib
@@ -13,27 +13,38 @@ import tempfile
 import time
 from pathlib import Path
 
-PACKAGES = "openssh-server openssh-client iproute2"
+import pytest
+
 SUBNET = "10.77.0"
 
 
-def missing():
-    """Why there can be no hosts here; None if there can."""
+def missing(*more):
+    """Why there can be no hosts here, with these programs on them; None if there can."""
     if os.geteuid():
-        return "network namespaces need root"
-    lacking = [tool for tool in ("ip", "sshd", "ssh-keygen", "nsenter", "unshare") if not shutil.which(tool, path=PATH)]
-    return f"{', '.join(lacking)} missing: apt-get install {PACKAGES}" if lacking else None
+        return "network namespaces need root: sudo tests/cluster/install.sh, then sudo python3 run.py test tests/cluster"
+    lacking = [tool for tool in ("ip", "sshd", "ssh-keygen", "nsenter", "unshare", *more) if not shutil.which(tool, path=PATH)]
+    return f"{', '.join(lacking)} missing: tests/cluster/install.sh installs what it takes" if lacking else None
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What tests in this process have set for themselves."""
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+def needed(why):
+    """Skip the test that there is this reason against; where all must run, fail it."""
+    if why and os.environ.get("DS_PRETRAIN_ALL_TESTS"):
+        pytest.fail(why)
+    if why:
+        pytest.skip(why)
 
 
 class Hosts:
     """`with Hosts() as hosts: hosts.run("host1", [...])`"""
 
-    def __init__(self, count=2):
+    def __init__(self, *names):
         self.folder = Path(tempfile.mkdtemp(prefix="hosts-"))  # short: names of sockets have a limit
-        self.names = [f"host{i + 1}" for i in range(count)]
+        self.names = names or ("host1", "host2")
         self._mark = self.folder.name.removeprefix("hosts-")
         self._outer, self._inner = {}, {}
 
@@ -82,6 +93,11 @@ class Hosts:
             *map(str, command),
         ]
 
+    def plug(self, host, plugged):
+        """Put the network cable in, or pull it."""
+        port = f"p{self.names.index(host) + 1}"
+        self._ip("-n", self._space("switch"), "link", "set", port, "up" if plugged else "down")
+
     def crash(self, host):
         """The power goes: every process of the host is gone at once."""
         for pid in (self._inner.pop(host, None), self._outer.pop(host, None)):
@@ -89,8 +105,39 @@ class Hosts:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def restart(self, host):
+        """The power comes back."""
+        shutil.rmtree(self.folder / host)
+        self._ip("netns", "del", self._space(host))
+        self._ip("-n", self._space("switch"), "link", "del", f"p{self.names.index(host) + 1}", check=False)
+        self._boot(self.names.index(host) + 1, host)
+        self._wait_for_ssh(host)
+
+    def limit(self, host, mbit):
+        """Let so many million bits a second through a host's cable, in each direction; 0: all."""
+        number = self.names.index(host) + 1
+        for space, device in ((self._space(host), "eth0"), (self._space("switch"), f"p{number}")):
+            on = ["netns", "exec", space, "tc", "qdisc"]
+            self._ip(*on, "del", "dev", device, "root", check=False)
+            if mbit:
+                bucket = ["rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms"]
+                self._ip(*on, "add", "dev", device, "root", "tbf", *bucket)
+
+    def part(self, one, other):
+        """Nothing that one of these hosts sends to the other arrives from now on."""
+        for host, lost in ((one, other), (other, one)):
+            nobody = ["lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent"]
+            address = f"{SUBNET}.{self.names.index(lost) + 1}"
+            self._ip("-n", self._space(host), "neigh", "replace", address, *nobody)
+
+    def rejoin(self, one, other):
+        for host, lost in ((one, other), (other, one)):
+            address = f"{SUBNET}.{self.names.index(lost) + 1}"
+            self._ip("-n", self._space(host), "neigh", "del", address, "dev", "eth0")
+
     def _env(self, host, more):
-        return {**os.environ, "PATH": PATH, "TMPDIR": str(self.folder / host), **more}
+        ours = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+        return {**ours, "PATH": PATH, "TMPDIR": str(self.folder / host), **more}
 
     def _space(self, name):
         return f"{self._mark}{name}"

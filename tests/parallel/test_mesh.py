@@ -5,7 +5,8 @@ import torch
 
 from ds_pretrain.parallel.comm import DataComm
 from ds_pretrain.parallel.cross_entropy import argmax, nll
-from ds_pretrain.parallel.mesh import Mesh, place
+from ds_pretrain.parallel.launch import place
+from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
 
@@ -15,7 +16,7 @@ from ds_pretrain.parallel.spawn import spawn
     [
         ({}, (0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}, (5, 8, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}, (5, 8, 2)),
         (
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
             (1, 2, 1),

@@ -22,9 +22,9 @@ from ds_pretrain import (
 )
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch, Target
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.data.mixing import MixedDataset
-from ds_pretrain.data.prepare import prepare
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
@@ -373,7 +373,9 @@ def test_a_mixed_run_resumes_bit_for_bit_and_takes_new_weights(data, corpus, tmp
     changed = mixed("parts", 8, 0.0)
     before = changed.dataset.progress(changed.cursor)
     changed.train()
-    after = lines(tmp_path / "parts")[-1]["sources"]
+    after = lines(tmp_path / "parts")[-2]["sources"]
+    folder = f"validation of {tmp_path / 'again'}"
+    assert [line["split"] for line in lines(tmp_path / "parts") if "split" in line][-2:] == ["validation", folder]
     assert before[str(data)]["epochs"] == after[str(data)]["epochs"] and after[str(data)]["share"] < before[str(data)]["share"]
     with pytest.raises(ValueError, match="use another output"):
         trainer(data, tmp_path / "parts", max_steps=9)

@@ -1,0 +1,145 @@
+"""From a run file to what runs: its data, its trainer, and afterwards its model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ds_pretrain.config import ConfigError, RunConfig, load_run, parse_run
+
+log = logging.getLogger(__name__)
+
+PREFLIGHT = 2.0
+"""Seconds for the links between nodes before a run; `doctor` takes more."""
+
+
+def make_trainer(config: RunConfig, dataset: Any) -> Any:
+    """The trainer that a run file describes, on nodes that are fit for it."""
+    from ds_pretrain.training.trainer import PreTrainer
+
+    preflight(config.output)
+    t = config.train
+    return PreTrainer(
+        model=config.model,
+        objective=dataset.objective,
+        dataset=dataset,
+        plan=config.parallel.plan(),
+        batch_size=config.batch.global_size,
+        micro_batch_size=config.batch.micro_size,
+        max_steps=t.max_steps,
+        optimizer=config.optimizer,
+        deepspeed=config.deepspeed_json(),
+        eval_every=t.eval_every,
+        eval_tokens=t.eval_tokens,
+        save_every=t.save_every,
+        keep=t.keep,
+        log_every=t.log_every,
+        check_every=t.check_every,
+        watchdog_seconds=t.watchdog_seconds,
+        max_minutes=t.max_minutes,
+        activation_checkpointing=t.activation_checkpointing,
+        compile=t.compile,
+        output=config.output,
+        seed=config.seed,
+        facts=config.model_dump(mode="json"),
+    )
+
+
+def preflight(output: str | None) -> None:
+    """Examine the nodes of a job on several, in a few seconds (collective). ValueError with what must be put right, by node."""
+    from ds_pretrain.parallel import doctor
+    from ds_pretrain.parallel.mesh import start
+
+    where = start()
+    if not doctor.several_nodes():
+        return
+    found = doctor.examine(Path(output) if output else None, PREFLIGHT)
+    for warning in found.warnings() if where.rank == 0 else ():
+        log.warning(warning)
+    if wrong := found.problems():
+        raise ConfigError("the nodes of this job", wrong)
+
+
+def open_run(run: str, overrides: Sequence[str] | Mapping[str, Any] | None) -> tuple[RunConfig, Any]:
+    """The run and its training data; everything that is wrong with either in one error."""
+    from ds_pretrain.parallel.launch import place
+
+    config = load_run(run, overrides or [])
+    refuse(run, problems(config, place().world))
+    try:
+        return config, training_data(config)
+    except ValueError as error:
+        raise ConfigError(run, str(error).split("; ")) from error
+
+
+def problems(config: RunConfig, world: int) -> list[str]:
+    """What is wrong with a run on so many ranks, or with the data that it names."""
+    folders = [("data.path", config.data.path), *(("data.mix", folder) for folder in config.data.mix)]
+    return [
+        *config.check(world, tokenizer_size(config)),
+        *(
+            f"{field} {folder} holds no prepared data: {_where(Path(folder))}"
+            for field, folder in folders
+            if not (Path(folder) / "train.idx").is_file()
+        ),
+    ]
+
+
+def _where(folder: Path) -> str:
+    """Where the data are that a folder does not hold, or how to make them."""
+    if (folder / "data" / "train.idx").is_file():  # of a chain
+        return f"they are in {folder / 'data'}"
+    return f"make it with ds-pretrain prepare TEXT -o {folder}"
+
+
+def training_data(config: RunConfig) -> Any:
+    """The rows that a run is trained on."""
+    from ds_pretrain.data.dataset import PretrainingDataset
+    from ds_pretrain.data.mixing import MixedDataset
+    from ds_pretrain.data.tokenizer import TextTokenizer
+
+    data, batch = config.data, config.batch
+    tokenizer = TextTokenizer.load(data.tokenizer) if data.tokenizer else None
+    dataset = PretrainingDataset(
+        data.path, tokenizer, batch.seq_len, config.make_objective(), "train", config.seed, batch.lengths, _verify()
+    )
+    return MixedDataset(dataset, data.mix, data.mix_by) if data.mix else dataset
+
+
+def tokenizer_size(config: RunConfig) -> int | None:
+    """How large a run's vocabulary is; None before anything is prepared."""
+    from ds_pretrain.data.tokenizer import TextTokenizer
+
+    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+    return len(TextTokenizer.load(folder)) if folder.exists() else None
+
+
+def refuse(run: str, found: list[str]) -> None:
+    """ConfigError where something is wrong."""
+    if found:
+        raise ConfigError(run, found)
+
+
+def load_model(output: str) -> tuple[Any, Any]:
+    """A finished run's model and its dataset."""
+    from ds_pretrain.parallel.launch import place
+    from ds_pretrain.parallel.plan import ParallelPlan
+    from ds_pretrain.training.inference import FrozenModel
+
+    path = Path(output) / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained")
+    config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
+    return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor)), training_data(config)
+
+
+def _verify() -> Any:
+    """One process of a node compares the data with their checksums."""
+    from ds_pretrain.parallel.launch import place
+
+    return "full" if place().local_rank == 0 else "sizes"

@@ -1,0 +1,216 @@
+"""Running the cells of a sweep: here, so many at a time, or each as a task of a SLURM array.
+
+What a cell's folder holds says how far it is, so there is no list of cells to keep or to lose: a lock held by who trains it,
+the run's own metrics and checkpoints, and at its end `cell.json`. A cell that has finished is never run again, one that was
+stopped goes on from its checkpoint, one that failed waits until it is asked for. Each cell is a process of its own, which lives
+on when the sweep is killed. The price: the imports of each, a few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ds_pretrain.core.differing import differing
+from ds_pretrain.core.files import BusyError, held, whole
+from ds_pretrain.sweep.spec import Cell, Spec
+
+Status = Literal["waiting", "running", "stopped", "failed", "finished"]
+POLL = 0.5
+"""Seconds between two looks at the cells that run."""
+TAIL = 1 << 14
+"""Bytes at the end of a file of metrics in which its last line lies."""
+LAUNCHER = Path(__file__).parents[2] / "launchers" / "sweep.sbatch"
+BUSY = 75
+"""Exit code of a run whose output another process holds."""
+STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, BUSY}
+"""Exit codes of cells that are no failures."""
+
+
+class State(NamedTuple):
+    """How far a cell is. loss: of the last step that was logged; reason: why it failed."""
+
+    status: Status
+    step: int
+    loss: float | None
+    reason: str
+
+
+def state(cell: Cell) -> State:
+    """Read a cell's folder. ValueError if it was run with other settings."""
+    ended, line = _ended(cell), last_line(cell.folder / "metrics.jsonl")
+    step, loss = line.get("step", 0), float(line["loss"]) if "loss" in line else None  # NaN is written as text
+    if held(cell.folder / "lock"):
+        return State("running", step, loss, "")
+    if ended:
+        return State(ended["status"], step, loss, ended["reason"])
+    return State("stopped" if step else "waiting", step, loss, "")
+
+
+def _ended(cell: Cell) -> dict[str, Any]:
+    path = cell.folder / "cell.json"
+    ended: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if ended and (changed := differing(ended["settings"], _settings(cell))):
+        raise ValueError(
+            f"{cell.folder} was run with other settings ({changed}): name what varies in the grid, choose another output, or "
+            "remove it"
+        )
+    return ended
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps({"run": cell.run, **cell.overrides}))
+    return settings
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last line of a run's metrics; empty before the first."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        for text in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):
+                line: dict[str, Any] = json.loads(text)
+                return line
+    return {}
+
+
+def note(cell: Cell, status: Status, reason: str = "") -> None:
+    """Write down how a cell has ended."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    told = {"status": status, "reason": reason, "settings": _settings(cell)}
+    with whole(cell.folder / "cell.json") as file:
+        file.write(json.dumps(told, indent=1).encode())
+
+
+def train(cell: Cell) -> str:
+    """Train a cell in this process, or on the ranks of this job, and note how it ends; says what came of it."""
+    from ds_pretrain.parallel.launch import place
+    from ds_pretrain.runs import make_trainer, open_run
+    from ds_pretrain.training.signals import InterruptedRun
+
+    if _ended(cell).get("status") == "finished":
+        return f"{cell.name} has finished before: nothing is done"
+    first = place().rank == 0
+    try:
+        trainer = make_trainer(*open_run(cell.run, cell.overrides))
+        if first:
+            (cell.folder / "cell.json").unlink(missing_ok=True)
+        trainer.train()
+    except (InterruptedRun, BusyError):
+        raise
+    except Exception as error:
+        if first:
+            note(cell, "failed", str(error) or type(error).__name__)
+        raise
+    if first:
+        note(cell, "finished")
+    return f"{cell.name} has finished: {cell.folder}"
+
+
+def todo(spec: Spec, again: bool) -> list[Cell]:
+    """The cells that there is something to do for. again: those that failed too."""
+    wanted = {"waiting", "stopped", *(["failed"] if again else [])}
+    return [cell for cell in spec.cells if state(cell).status in wanted]
+
+
+def run(spec: str, cells: Iterable[Cell], at_once: int, show: Callable[[], None]) -> None:
+    """Train cells as processes of this machine, so many at a time. show: called twice a second.
+
+    A signal stops the cells that run, each with a checkpoint.
+    """
+    waiting, running = deque(cells), dict[int, tuple[Cell, subprocess.Popen[bytes]]]()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            for slot in range(at_once):
+                if slot not in running and waiting:
+                    cell = waiting.popleft()
+                    running[slot] = cell, _start(spec, cell, slot, at_once)
+            time.sleep(POLL)
+            for slot, (cell, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    _settle(cell, process.returncode)
+            show()
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _start(spec: str, cell: Cell, slot: int, at_once: int) -> subprocess.Popen[bytes]:
+    """A cell as a process of its own session: a Ctrl-C is for the sweep, which passes it on once."""
+    command = ["-m", "ds_pretrain", "sweep", "cell", spec, cell.name]
+    if cell.ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.ranks}", *command]
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **_share(cell.ranks, slot, at_once)},
+            start_new_session=True,
+        )
+
+
+def _share(ranks: int, slot: int, at_once: int) -> dict[str, str]:
+    """A cell's part of the machine: its GPUs, or its share of the cores."""
+    import torch
+
+    if devices := torch.cuda.device_count():
+        mine = [(slot * ranks + rank) % devices for rank in range(ranks)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, dict.fromkeys(mine)))}
+    threads = max(1, len(os.sched_getaffinity(0)) // (at_once * ranks))
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def _settle(cell: Cell, code: int) -> None:
+    """Note the end of a process that could not do so itself."""
+    if code and code not in STOPPED and not (cell.folder / "cell.json").exists():
+        how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        note(cell, "failed", f"{how} after step {state(cell).step}: {_last_words(cell)}")
+
+
+def _last_words(cell: Cell) -> str:
+    lines = (cell.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+def submit(path: Path, spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[str]) -> str:
+    """Submit cells as a SLURM array of tasks, so many at a time; what sbatch answers.
+
+    The tasks read a copy of the sweep file, so that an edit of it changes no cell that waits.
+    """
+    text = path.read_bytes()
+    kept = spec.folder / f"sweep-{hashlib.sha256(text).hexdigest()[:8]}.yaml"
+    (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)
+    with whole(kept) as file:
+        file.write(text)
+    numbers = ",".join(str(spec.cells.index(cell)) for cell in cells)
+    command = [
+        "sbatch",
+        f"--array={numbers}%{at_once}",
+        f"--output={spec.folder}/slurm/%A_%a.out",
+        f"--ntasks-per-node={spec.ranks}",
+    ]
+    try:
+        ran = subprocess.run([*command, *options, str(LAUNCHER), str(kept)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError("there is no sbatch here: submit from a SLURM cluster, or use ds-pretrain sweep run") from None
+    if ran.returncode:
+        raise ValueError(f"sbatch refuses the array: {ran.stderr.strip()}")
+    return ran.stdout.strip()

@@ -1,0 +1,119 @@
+"""`ds-pretrain sweep ...`: many runs from one file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from ds_pretrain.config import find
+from ds_pretrain.sweep import cells, results, spec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Many runs from one file: a grid, or an iso-FLOP ladder of sizes and budgets.\n\n"
+    "`status` shows the cells, before and after; `run` trains them here, `submit` as a SLURM array; each goes on where it was "
+    "stopped and none runs twice; `collect` makes one table of them, for `scaling fit`.",
+)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+Sweep = Annotated[
+    str, typer.Argument(help="A sweep file, or the name of one in ds_configs/sweeps such as sizes.", metavar="SPEC")
+]
+Again = Annotated[bool, typer.Option(help="Also the cells that failed.")]
+SHORT: set[cells.Status] = {"running", "failed", "stopped"}
+"""States of the cells that a live table shows one by one, where there are many."""
+MANY = 24
+
+
+@app.command()
+def run(
+    sweep: Sweep,
+    at_once: Annotated[int, typer.Option(min=1, help="Cells at a time; each gets its share of the cores or its own GPUs.")] = 1,
+    again: Again = False,
+) -> None:
+    """Train the cells on this machine, so many at a time. Ctrl-C stops each with a checkpoint; the same command goes on."""
+    plan = _open(sweep)
+    waiting = cells.todo(plan, again)
+    with Live(console=out, auto_refresh=False, transient=True) as live:
+        told: set[str] = set()
+
+        def show() -> None:
+            found = results.states(plan)
+            only = SHORT if len(plan.cells) > MANY else results.COLOURS
+            if out.is_terminal:
+                live.update(results.table(plan, found, only), refresh=True)
+            for name, at in found.items():
+                if at.status in ("finished", "failed") and name not in told:
+                    out.print(f"{name}: {at.status} after step {at.step:,}{f', {escape(at.reason)}' if at.reason else ''}")
+                    told.add(name)
+
+        told.update(name for name, at in results.states(plan).items() if at.status in ("finished", "failed"))
+        told.difference_update(cell.name for cell in waiting)
+        cells.run(sweep, waiting, at_once, show)
+    if _report(plan, sweep):
+        raise typer.Exit(1)
+
+
+@app.command()
+def submit(
+    sweep: Sweep,
+    options: Annotated[list[str] | None, typer.Argument(help="Options of sbatch, after --: -- --time=2:00:00 -p gpu")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 8,
+    again: Again = False,
+) -> None:
+    """Submit the cells that are left as a SLURM array (launchers/sweep.sbatch), a task for each."""
+    plan = _open(sweep)
+    waiting = cells.todo(plan, again)
+    if not waiting:
+        out.print(f"{results.summary(results.states(plan))}: nothing to submit")
+        return
+    out.print(f"{len(waiting)} cells: {cells.submit(find(sweep, 'sweeps', '.yaml'), plan, waiting, at_once, options or [])}")
+    out.print(f"next: ds-pretrain sweep status {sweep}")
+
+
+@app.command()
+def cell(
+    sweep: Sweep,
+    which: Annotated[str, typer.Argument(help="A cell's name or number, as `sweep status` shows them.")],
+) -> None:
+    """Train one cell in this process, or on the ranks of this job: what `run` and the SLURM array do."""
+    told = cells.train(spec.read(sweep).find(which))
+    out.print(told)
+
+
+@app.command()
+def status(sweep: Sweep) -> None:
+    """Show the cells, how far each is, and why some failed."""
+    _report(spec.read(sweep), sweep)
+
+
+@app.command()
+def collect(sweep: Sweep) -> None:
+    """Write one table of all cells, as CSV and parquet, and one of their evaluations on the way."""
+    plan = spec.read(sweep)
+    table, curves = results.collect(plan)
+    out.print(f"{results.summary(results.states(plan))}\n{table} and {table.with_suffix('.parquet').name}, {curves.name}")
+    out.print(f"next: ds-pretrain scaling fit {table}")
+
+
+def _open(sweep: str) -> spec.Spec:
+    plan = spec.read(sweep)
+    plan.check()
+    return plan
+
+
+def _report(plan: spec.Spec, sweep: str) -> bool:
+    """Show the cells; whether some have failed."""
+    found = results.states(plan)
+    out.print(results.table(plan, found))
+    failed = results.failures(found)
+    for line in failed:
+        out.print(f"[bold red]failed[/bold red] {escape(line)}", soft_wrap=True)
+    left = sum(at.status in ("waiting", "stopped") for at in found.values())
+    ways = [f"ds-pretrain sweep run {sweep}{' --again' * bool(failed and not left)}"] * bool(left or failed)
+    out.print(f"next: {(ways or [f'ds-pretrain sweep collect {sweep}'])[0]}")
+    return bool(failed)

@@ -1,0 +1,267 @@
+"""The sweep file: a run, what varies over it, and how long each of its cells trains.
+
+A cell is a run file with settings, named by what varies; its folder has the cell's name, so a sweep that grows keeps what it
+has. Everything that is wrong with any cell is told before the first one starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ds_pretrain.config import ConfigError, RunConfig, find, load_run, numbers
+from ds_pretrain.core.registry import unknown
+from ds_pretrain.runs import problems, tokenizer_size
+
+Settings = dict[str, Any]
+LONGEST = 120
+"""Characters of a cell's name."""
+NAMED = 4
+"""Cells that are named with what is wrong with them."""
+
+
+class Budget(BaseModel):
+    """How long the cells train: one of tokens, tokens_per_parameter and flops, each value a cell of its own. A token is a
+    position of a row; parameters are counted without embeddings, as in scaling laws; FLOPs are 6 x parameters x tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: list[float] = []
+    """Tokens of a cell."""
+    tokens_per_parameter: list[float] = []
+    """Tokens of a cell for each of its parameters (Chinchilla: 20)."""
+    flops: list[float] = []
+    """An iso-FLOP ladder: every size at each of these budgets."""
+    warmup: float | None = Field(None, ge=0, lt=1)
+    """Share of a cell's steps in which the learning rate warms up; None: the run's optimizer.warmup_steps."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if sum(map(bool, (self.tokens, self.tokens_per_parameter, self.flops))) != 1:
+            raise ValueError("give one of tokens, tokens_per_parameter and flops")
+        if wrong := [length for length in self.lengths() if not length.value > 0]:
+            raise ValueError(f"{wrong[0].kind} {wrong[0].value:g} is not above 0")
+        return self
+
+    def lengths(self) -> list[Length]:
+        """What each combination of the grid is trained for."""
+        kinds = ("tokens", "tokens_per_parameter", "flops")
+        return [Length(kind, value, self.warmup) for kind in kinds for value in getattr(self, kind)]
+
+
+class Length(NamedTuple):
+    """How long a cell trains: so much of a kind that `Budget` names."""
+
+    kind: str
+    value: float
+    warmup: float | None
+
+    def steps(self, config: RunConfig) -> int:
+        """Steps of a run, to the nearest."""
+        size = parameters(config)
+        tokens = {"tokens": self.value, "tokens_per_parameter": self.value * size, "flops": self.value / (6 * size)}[self.kind]
+        return round(tokens / (config.batch.global_size * config.batch.seq_len))
+
+    def settings(self, config: RunConfig) -> Settings:
+        steps = max(1, self.steps(config))
+        warm = {} if self.warmup is None else {"optimizer.warmup_steps": min(steps - 1, round(self.warmup * steps))}
+        return {"train.max_steps": steps, **warm}
+
+
+class Spec(BaseModel):
+    """A sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    """Run file, or the name of one, that the cells start from."""
+    output: str
+    """Folder of the sweep: cells/NAME is the output of a cell."""
+    set: Settings = {}
+    """Settings of every cell, by field: train.save_every: 100."""
+    grid: dict[str, list[Any] | dict[str, Settings]]
+    """What varies: a field and its values, or a name and, by the name of each value, several settings (`run` is one too)."""
+    budget: Budget | None = None
+    """How long each cell trains; None: train.max_steps of the run."""
+    ranks: int = Field(1, ge=1)
+    """Ranks of a cell."""
+
+    @field_validator("grid")
+    @classmethod
+    def _not_empty(cls, grid: dict[str, Any]) -> dict[str, Any]:
+        if not grid:
+            raise ValueError("the grid is empty: give at least one field and its values, such as {seed: [0, 1]}")
+        if empty := [axis for axis, values in grid.items() if not values]:
+            raise ValueError(f"{empty[0]} has no values")
+        return grid
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every combination, in the order of the file."""
+        axes = [[(axis, *choice) for choice in _choices(axis, values)] for axis, values in self.grid.items()]
+        lengths = self.budget.lengths() if self.budget else [None]
+        return [self._cell(chosen, length) for chosen in itertools.product(*axes) for length in lengths]
+
+    def _cell(self, chosen: tuple[tuple[str, str, Settings], ...], length: Length | None) -> Cell:
+        settings = {**self.set, **{key: value for _, _, each in chosen for key, value in each.items()}}
+        labels = {axis: label for axis, label, _ in chosen} | ({length.kind: _size(length.value)} if length else {})
+        run, name = settings.pop("run", self.run), _name(labels)
+        return Cell(name, labels, run, {**settings, "output": str(self.folder / "cells" / name)}, self.ranks, length)
+
+    def check(self) -> None:
+        """ConfigError with everything that is wrong with any cell."""
+        wrong: dict[str, list[str]] = defaultdict(list)
+        for cell in self.cells:
+            for problem in cell.problems():
+                wrong[problem].append(cell.name)
+        found = [f"{_some(names, len(self.cells))}: {problem}" for problem, names in wrong.items()]
+        if twice := [name for name, count in _counted(cell.name for cell in self.cells) if count > 1]:
+            found.append(f"{twice[0]}: {len(twice)} cells are there more than once: a value is repeated")
+        if found:
+            raise ConfigError(self.output, found)
+
+    def find(self, which: str) -> Cell:
+        """A cell by its name or number. ValueError with the nearest name."""
+        if which.isdecimal() and int(which) < len(self.cells):
+            return self.cells[int(which)]
+        if which.isdecimal():
+            raise ValueError(f"cell {which}: the sweep has {len(self.cells)}, 0 to {len(self.cells) - 1}")
+        for cell in self.cells:
+            if cell.name == which:
+                return cell
+        raise ValueError(unknown("cell", which, [cell.name for cell in self.cells]))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. labels: value by axis, as in its name."""
+
+    name: str
+    labels: Mapping[str, str]
+    run: str
+    settings: Settings
+    ranks: int
+    length: Length | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings["output"])
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The cell's run."""
+        return load_run(self.run, self.overrides)
+
+    @cached_property
+    def overrides(self) -> Settings:
+        """The settings with the length and, where there is none, an evaluation at the end."""
+        config = load_run(self.run, self.settings)
+        more = self.length.settings(config) if self.length else {}
+        if not config.train.eval_every:
+            more["train.eval_every"] = more.get("train.max_steps", config.train.max_steps)
+        return {**self.settings, **more}
+
+    def problems(self) -> list[str]:
+        """What is wrong with this cell, or its data."""
+        try:
+            found = problems(self.config, self.ranks)
+        except ConfigError as error:
+            return error.problems
+        except ValueError as error:
+            return [str(error)]
+        if self.length and not self.length.steps(self.config):
+            step = self.config.batch.global_size * self.config.batch.seq_len
+            found.append(
+                f"budget.{self.length.kind} {self.length.value:g} is less than half a step of {step:,} tokens with "
+                f"{parameters(self.config):,} parameters: raise it, or lower batch.global_size"
+            )
+        return found
+
+
+def parameters(config: RunConfig) -> int:
+    """N: parameters without embeddings."""
+    size = config.model.vocab or tokenizer_size(config) or 8
+    return config.model.model_copy(update={"vocab": size}).count_parameters(embeddings=False)
+
+
+def read(name: str) -> Spec:
+    """A sweep file, by path or shipped name. ConfigError with all that does not parse, misspelt keys with the nearest one."""
+    path = find(name, "sweeps", ".yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, and perhaps set, budget, ranks"])
+    try:
+        return Spec.model_validate(numbers(values))
+    except ValidationError as error:
+        raise ConfigError(str(path), [_explain(dict(each)) for each in error.errors()]) from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    *place, last = map(str, error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Budget if place else Spec
+        return unknown(f"key in {place[0]}" if place else "key", last, section.model_fields)
+    if error["type"] == "missing":
+        return f"{last} is required"
+    return f"{'.'.join([*place, last])}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _choices(axis: str, values: list[Any] | dict[str, Settings]) -> list[tuple[str, Settings]]:
+    """The values of an axis: name and settings."""
+    if isinstance(values, dict):
+        return [(str(name), settings) for name, settings in values.items()]
+    return [(_text(value), {axis: value}) for value in values]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if not isinstance(value, dict | list) else hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+
+
+def _size(value: float) -> str:
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if 10**power <= value < 10 ** (power + 3):
+            return f"{value / 10**power:g}{unit}"
+    return f"{value:g}"
+
+
+def _name(labels: Mapping[str, str]) -> str:
+    """A name for a folder, by the last word of each axis."""
+    short = {axis: axis.rpartition(".")[2] for axis in labels}
+    words = {axis: word if list(short.values()).count(word) == 1 else axis for axis, word in short.items()}
+    name = ",".join(f"{words[axis]}={label}" for axis, label in labels.items())
+    plain = re.sub(r"[^\w.,=+-]", "_", name)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return plain if plain == name and len(name) <= LONGEST else f"{plain[: LONGEST - 9]}-{digest}"
+
+
+def _some(names: list[str], everyone: int) -> str:
+    if len(names) == everyone > 1:
+        return f"all {everyone} cells"
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
+
+
+def _counted(names: Iterator[str]) -> list[tuple[str, int]]:
+    found: dict[str, int] = defaultdict(int)
+    for name in names:
+        found[name] += 1
+    return list(found.items())

@@ -1,0 +1,16 @@
+# What every launcher exports; sourced by them. A file named by DS_PRETRAIN_ENV (KEY=VALUE lines) comes first and wins.
+if [[ -n "${DS_PRETRAIN_ENV:-}" ]]; then
+  set -a
+  source "$DS_PRETRAIN_ENV"
+  set +a
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONFAULTHANDLER=1                                              # stacks of a rank that crashes
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}     # tensor parallelism overlaps only in this order
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+
+# The names of the variables that every rank gets, on whatever machine.
+passed_on() {
+  compgen -e | grep -E '^(OMP_NUM_THREADS|PYTHON[A-Z]+|CUDA_DEVICE_MAX_CONNECTIONS|(TORCH_)?NCCL_.*|GLOO_.*|DS_(PRETRAIN|ACCELERATOR).*|HF_.*)$'
+}

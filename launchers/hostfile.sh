@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several machines over ssh, by deepspeed and pdsh:  launchers/hostfile.sh HOSTFILE COMMAND [ARGUMENTS ...]
+# for example  launchers/hostfile.sh hosts.txt train gpt2_small output=/shared/gpt2
+#
+# HOSTFILE has a line for each machine, "node1 slots=8": its name and its ranks. Each machine has the project and its .venv at the
+# same path and lets this one in by key. MASTER_ADDR, MASTER_PORT: where to meet, else the first machine's first address.
+# DS_PRETRAIN_ENV=FILE: variables to set on every machine.
+set -euo pipefail
+hosts=${1:?a hostfile, then the command}
+shift
+source "$(dirname "$0")/env.sh"
+variables=$(mktemp)
+trap 'rm -f "$variables"' EXIT
+for name in $(passed_on); do
+  echo "$name=${!name}"
+done > "$variables"
+# a machine that is gone ends the job after a minute, not when TCP gives up
+export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
+DS_ENV_FILE=$variables deepspeed --hostfile "$hosts" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+  ${MASTER_PORT:+--master_port "$MASTER_PORT"} --module ds_pretrain "$@"

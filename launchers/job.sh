@@ -1,0 +1,26 @@
+# The life of a SLURM job, sourced by the batch scripts:  run_job PROGRAM ...  runs it on all tasks, then ends or requeues the job.
+#
+# Before its limit and before a pre-emption the batch shell gets USR1 and passes it on: the ranks save and end, the job goes back
+# into the queue. After a failure it does so if `ds_pretrain restart` says so. SIGTERM is scancel: never back from that.
+arguments=("$@") # of the batch script
+
+run_job() {
+  local again="" cancelled="" code=0 logs=()
+  if [[ -n "${DS_PRETRAIN_LOGS:-}" ]]; then
+    mkdir -p "$DS_PRETRAIN_LOGS"
+    logs=(--output "$DS_PRETRAIN_LOGS/%x-%j-task%t.out" --open-mode append)
+  fi
+  trap 'again=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # reaches the tasks, not this shell
+  trap 'cancelled=yes' TERM
+  srun --kill-on-bad-exit=1 --wait=60 "${logs[@]}" "$@" &
+  while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait` early
+    wait $! && code=0 || code=$?
+  done
+  if [[ -n "$cancelled" ]]; then
+    exit 143
+  fi
+  if [[ -n "$again" ]] || { ((code)) && python -m ds_pretrain restart "$code" "${arguments[@]}"; }; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
+}

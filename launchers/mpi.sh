@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Under MPI, with its options before --:  launchers/mpi.sh [OPTIONS OF MPIRUN] -- COMMAND [ARGUMENTS ...]
+# for example  launchers/mpi.sh --host node1:4,node2:4 -- train gpt2_small output=/shared/gpt2
+#
+# Ranks meet where rank 0 says. More ranks than cores: --oversubscribe. DS_PRETRAIN_ENV=FILE: variables to set on every machine.
+set -euo pipefail
+options=()
+while [[ "${1---}" != "--" ]]; do
+  options+=("$1")
+  shift
+done
+shift || { sed -n '2,3p' "$0" >&2; exit 2; }
+source "$(dirname "$0")/env.sh"
+for name in $(passed_on); do
+  options+=(-x "$name")
+done
+exec mpirun "${options[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"

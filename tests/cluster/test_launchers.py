@@ -1,0 +1,113 @@
+"""The launchers over several hosts, for real: the losses of one process, and an end in time where a host or a cable fails."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, missing, needed
+from running import losses, unbroken
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ROOT / "launchers"
+QUIET = {
+    "DS_ACCELERATOR": "cpu",
+    "DS_PRETRAIN_JOIN_SECONDS": "60",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+LONG = ("train.watchdog_seconds=20", "train.max_steps=2000")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    needed(missing("pdsh"))
+    with Hosts() as made:
+        file = tmp_path_factory.mktemp("hosts") / "hosts.txt"
+        file.write_text("host1 slots=2\nhost2 slots=2\n")
+        made.file = file
+        yield made
+
+
+def launched(hosts, launcher):
+    """A launcher's command up to what it trains, by its name."""
+    mpi = [LAUNCHERS / "mpi.sh", "--host", "host1:2,host2:2", "--mca", "btl_tcp_if_include", "eth0", "--"]
+    return {"hostfile.sh": [LAUNCHERS / "hostfile.sh", hosts.file], "mpi.sh": mpi}[launcher]
+
+
+def environment():
+    return {**QUIET, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"}
+
+
+@pytest.fixture
+def starts(hosts, run_file, tmp_path):
+    """Start a launcher with its training; stop what is left of it."""
+    running = []
+
+    def start(launcher, *overrides):
+        command = [*launched(hosts, launcher), "train", run_file, f"output={tmp_path / 'out'}", *overrides]
+        running.append(hosts.start("host1", command, **environment()))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+    for host in hosts.names:
+        if host in hosts._inner:
+            hosts.run(host, ["pkill", "-9", "-f", "ds_pretrain --local_rank|ds_pretrain train"])
+
+
+def reaches(out, step, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while max(losses(out), default=0) < step:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"step {step} is not reached"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("launcher, layout", [
+    ("hostfile.sh", []),
+    ("hostfile.sh", ["parallel.tensor=2", "parallel.pipeline=2"]),
+    ("mpi.sh", []),
+], ids=["pdsh-zero1", "pdsh-tp2xpp2", "mpi"])  # fmt: skip
+def test_two_hosts_of_two_ranks_train_as_one_process(starts, expected, tmp_path, launcher, layout):
+    process = starts(launcher, *layout)
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert unbroken(tmp_path / "out", expected)
+
+
+def test_a_killed_rank_ends_the_job_on_both_hosts(hosts, starts, tmp_path):
+    process = starts("hostfile.sh", *LONG)
+    reaches(tmp_path / "out", 12, process)
+    hosts.run("host2", ["pkill", "-9", "-o", "-f", "ds_pretrain --local_rank"])
+    killed = time.monotonic()
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - killed < 60, said
+    assert not hosts.run("host1", ["pgrep", "-f", "ds_pretrain --local_rank"]).stdout
+
+
+def test_a_pulled_cable_ends_the_job_within_the_watchdogs_limit(hosts, starts, tmp_path):
+    process = starts("hostfile.sh", *LONG)
+    reaches(tmp_path / "out", 12, process)
+    hosts.plug("host2", False)
+    pulled = time.monotonic()
+    try:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode != 0 and time.monotonic() - pulled < 90, said
+        assert "has not moved for 20 s" in said and list((tmp_path / "out" / "stacks").iterdir()), said
+    finally:
+        hosts.plug("host2", True)
+
+
+def test_a_crashed_host_ends_the_job(hosts, starts, tmp_path):
+    process = starts("hostfile.sh", *LONG)
+    reaches(tmp_path / "out", 12, process)
+    hosts.crash("host2")
+    crashed = time.monotonic()
+    try:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode != 0 and time.monotonic() - crashed < 90, said
+    finally:
+        hosts.restart("host2")

@@ -1,0 +1,152 @@
+"""Jobs on a real SLURM cluster of two nodes: the same losses as one process, whatever happens to the job on the way."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hosts import needed
+from running import losses, unbroken
+from slurm import Slurm, missing
+
+from ds_pretrain.sweep.results import states
+from ds_pretrain.sweep.spec import read
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    needed(missing())
+    with Slurm() as made:
+        yield made
+
+
+class Job:
+    """A run on both nodes, two ranks each."""
+
+    def __init__(self, cluster, run_file, out, *overrides, script="slurm.sbatch", options=(), **env):
+        self.cluster, self.out = cluster, out
+        ask = ["--nodes=2", "--gpus-per-node=2", "--time=5", f"--output={out}.log", f"--chdir={ROOT}"]
+        ask += ["--ntasks-per-node=2"] if script == "slurm.sbatch" else []
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.number = cluster.sbatch(
+            *ask, *options, ROOT / "launchers" / script, "train", run_file, f"output={out}", *overrides,
+            PATH=path, DS_PRETRAIN_JOIN_SECONDS="60", **env,
+        )  # fmt: skip
+
+    def log(self):
+        return Path(f"{self.out}.log").read_text(errors="replace")[-4000:]
+
+    def trains(self, step=5):
+        """Wait until this step is logged."""
+        self.cluster.wait(lambda: max(losses(self.out), default=0) >= step, 90, f"job {self.number} does not train")
+
+    def comes_back(self):
+        """Wait until the job is in the queue again."""
+        self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 60, f"{self.number} is not requeued")
+
+    def ended(self):
+        return self.cluster.ended(self.number, 150)
+
+
+@pytest.mark.parametrize(
+    "script, layout",
+    [
+        ("slurm.sbatch", []),
+        ("slurm.sbatch", ["parallel.tensor=2", "parallel.pipeline=2"]),
+        ("slurm_torchrun.sbatch", []),
+    ],
+    ids=["zero1", "tp2xpp2", "torchrun"],
+)
+def test_two_nodes_of_two_ranks_train_as_one_process(cluster, run_file, expected, tmp_path, script, layout):
+    job = Job(cluster, run_file, tmp_path / "out", *layout, script=script, DS_PRETRAIN_LOGS=str(tmp_path / "logs"))
+    assert job.ended() == "COMPLETED", job.log()
+    assert unbroken(job.out, expected)
+    assert len(list((tmp_path / "logs").iterdir())) == (4 if script == "slurm.sbatch" else 2)
+
+
+def test_before_its_limit_a_job_saves_and_goes_on_with_the_same_losses(cluster, run_file, expected, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out", "train.save_every=0")
+    job.trains()
+    cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.comes_back()
+    assert max(losses(job.out)) < len(expected)
+    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+    assert "SIGUSR1: stopped after step" in job.log() and "resuming at step" in job.log()
+
+
+def test_a_job_that_is_cancelled_stays_dead(cluster, run_file, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out")
+    job.trains()
+    cluster.client("scancel", str(job.number))
+    assert job.ended() == "CANCELLED"
+    time.sleep(4)
+    assert cluster.job(job.number)["JobState"] == "CANCELLED" and cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_killed_rank_ends_the_job_which_starts_again(cluster, run_file, expected, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out")
+    job.trains(12)
+    cluster.run("node2", ["pkill", "-9", "-o", "-f", "python -m ds_pretrain train"])
+    job.comes_back()
+    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+    assert [json.loads(line)["restarts"] for line in (job.out / "failures.jsonl").read_text().splitlines()] == [0]
+
+
+def test_a_mistake_is_not_tried_again(cluster, run_file, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out", "model.heads=3")
+    assert job.ended() == "FAILED"
+    assert "not divisible by model.heads 3" in job.log() and cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_run_of_higher_priority_takes_the_nodes_and_gives_them_back(cluster, run_file, expected, tmp_path):
+    low = Job(cluster, run_file, tmp_path / "low", "train.save_every=0", options=["--partition=low"])
+    low.trains()
+    high = cluster.sbatch("--nodes=2", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    low.comes_back()
+    assert cluster.ended(high) == "COMPLETED"
+    assert low.ended() == "COMPLETED" and unbroken(low.out, expected), low.log()
+
+
+def test_a_lost_node_is_got_over(cluster, run_file, expected, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out")
+    job.trains(12)
+    cluster.crash("node2")
+    job.comes_back()
+    cluster.boot("node2")
+    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster, run_file, tmp_path_factory):
+    """A sweep of three cells, one of which diverges, submitted as an array: its file and the array's number."""
+    folder = tmp_path_factory.mktemp("array")
+    path = folder / "sweep.yaml"
+    values = {"run": str(run_file), "output": str(folder / "out"), "set": {"train.max_steps": 20, "train.eval_tokens": 2000}}
+    path.write_text(yaml.safe_dump({**values, "grid": {"optimizer.lr": [1e-3, 3e-3, 1e30]}}))
+    ran = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path, "--", "--time=5", "--parsable"])
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return path, re.search(r"3 cells: (\d+)", ran.stdout)[1]
+
+
+def test_an_array_runs_each_cell_and_tells_which_failed(cluster, submitted):
+    path, array = submitted
+    assert sorted(cluster.ended(f"{array}_{task}", 150) for task in range(3)) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert [at.status for at in states(read(str(path))).values()] == ["finished", "finished", "failed"]
+    again = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path])
+    assert "nothing to submit" in again.stdout, again.stderr
+
+
+def test_jobs_that_follow_an_array_start_or_not_as_it_ended(cluster, submitted, tmp_path):
+    """A chain: what follows a failure runs, what needs a success does not."""
+    _, array = submitted
+    follow = {kind: cluster.sbatch(f"--dependency={kind}:{array}", "--kill-on-invalid-dep=yes", "--output=/dev/null",
+                                   "--wrap", "true") for kind in ("afterok", "afternotok", "afterany")}  # fmt: skip
+    assert {kind: cluster.ended(number) for kind, number in follow.items()} == {
+        "afterok": "CANCELLED", "afternotok": "COMPLETED", "afterany": "COMPLETED",
+    }  # fmt: skip

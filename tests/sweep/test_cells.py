@@ -1,0 +1,161 @@
+"""Cells as processes: each runs once, whoever starts, stops or kills them; what came of them is one table."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+from ds_pretrain.sweep import cells, results
+from ds_pretrain.sweep.spec import read
+
+STEPS, LONG = 40, 300
+DIVERGES = 1e30
+
+
+@pytest.fixture(scope="module")
+def run_file(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "run.yaml"
+    values = {
+        "model": {"layers": 2, "hidden": 32, "heads": 4},
+        "data": {"path": str(data)},
+        "batch": {"global_size": 8, "seq_len": 64},
+        "deepspeed": {"config": "zero1_fp32"},
+        "optimizer": {"warmup_steps": 2},
+        "train": {"max_steps": STEPS, "save_every": 10, "eval_tokens": 2000},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def sweep_file(run_file, folder, grid, **values):
+    folder.mkdir(exist_ok=True)
+    path = folder / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump({"run": str(run_file), "output": str(folder / "out"), "grid": grid, **values}, sort_keys=False)
+    )
+    return path
+
+
+def command(*words):
+    return [sys.executable, "-m", "ds_pretrain", "sweep", *map(str, words)]
+
+
+def started(*words):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(command(*words), text=True, env={**env, "DS_ACCELERATOR": "cpu"}, **pipes)
+
+
+def said(*words):
+    process = started(*words)
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+def statuses(path):
+    return {name: at.status for name, at in results.states(read(str(path))).items()}
+
+
+def until(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def swept(run_file, tmp_path_factory):
+    """A sweep of three cells, one of which diverges, run twice at once: its file, and what the first of the two said."""
+    grid = {"optimizer.lr": [1e-3, 3e-3, DIVERGES]}
+    path = sweep_file(run_file, tmp_path_factory.mktemp("swept"), grid)
+    both = [started("run", path, "--at-once", 2) for _ in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    return path, told
+
+
+def test_every_cell_runs_once_although_two_ran_the_sweep(swept):
+    path, _ = swept
+    assert statuses(path) == {"lr=0.001": "finished", "lr=0.003": "finished", "lr=1e+30": "failed"}
+    for cell in read(str(path)).cells[:2]:
+        log = (cell.folder / "log.txt").read_text()
+        assert log.count("start: clm") == 1, log
+        assert [json.loads(line)["step"] for line in (cell.folder / "metrics.jsonl").open()][:STEPS] == list(
+            range(1, STEPS + 1)
+        )
+
+
+def test_a_failed_cell_is_told_with_its_reason_and_waits(swept):
+    path, told = swept
+    code, text = said("run", path)
+    assert code == 1 and "failed lr=1e+30: step" in text and "with a lower optimizer.lr" in text.replace("\n", " "), text
+    assert f"sweep run {path} --again" in text.replace("\n", "")
+    assert any("lr=1e+30: failed after step" in text for text in told)
+    before = (path.parent / "out/cells/lr=1e+30/log.txt").stat().st_size
+    said("run", path)
+    assert (path.parent / "out/cells/lr=1e+30/log.txt").stat().st_size == before
+    assert said("run", path, "--again")[0] == 1
+    assert (path.parent / "out/cells/lr=1e+30/log.txt").stat().st_size > before
+
+
+def test_the_cells_are_one_tidy_table(swept):
+    path, _ = swept
+    code, text = said("collect", path)
+    assert code == 0 and "2 finished, 1 failed" in text and "scaling fit" in text, text
+    rows = list(csv.DictReader((path.parent / "out/cells.csv").open()))
+    assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
+    first, spec = rows[0], read(str(path))
+    assert float(first["flops"]) == 6 * int(first["parameters"]) * int(first["tokens"])
+    assert 0.9 * STEPS * 8 * 64 < int(first["tokens"]) <= STEPS * 8 * 64
+    assert float(first["model_flops"]) > float(first["flops"]), "it counts the head too"
+    last = [json.loads(line) for line in (spec.cells[0].folder / "metrics.jsonl").open()][-1]
+    assert float(first["loss"]) == pytest.approx(last["loss"]) and last["split"] == "validation"
+    assert "lower optimizer.lr" in rows[2]["reason"]
+    table = pyarrow.parquet.read_table(path.parent / "out/cells.parquet")
+    assert table.column_names == list(first) and table.num_rows == 3
+    points = list(csv.DictReader((path.parent / "out/curves.csv").open()))
+    assert [(row["run"], int(row["step"])) for row in points] == [("lr=0.001", STEPS), ("lr=0.003", STEPS)]
+
+
+def test_a_stopped_cell_goes_on_and_a_killed_one_is_told(run_file, tmp_path):
+    path = sweep_file(run_file, tmp_path / "stopped", {"seed": [0, 1]}, set={"train.max_steps": LONG})
+    stopped, killed = read(str(path)).cells
+    process = started("run", path, "--at-once", 2)
+    until(lambda: all(cells.last_line(cell.folder / "metrics.jsonl").get("step", 0) >= 5 for cell in (stopped, killed)))
+    assert set(statuses(path).values()) == {"running"}
+    subprocess.run(["pkill", "-9", "-f", f"sweep cell {path} {killed.name}"], check=True)
+    until(lambda: cells.state(killed).status == "failed")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert cells.state(stopped).status == "stopped" and "killed by signal 9 after step" in cells.state(killed).reason
+    assert said("run", path, "--again")[0] == 0
+    assert set(statuses(path).values()) == {"finished"}
+    for cell in (stopped, killed):
+        assert [step for step, _ in losses(cell.folder)] == list(range(1, LONG + 1))
+    assert "resuming at step" in (stopped.folder / "log.txt").read_text()
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "metrics.jsonl").open()) if "lr" in line]
+
+
+def test_other_settings_under_the_same_name_are_refused(swept, run_file):
+    path, _ = swept
+    other = path.with_name("other.yaml")
+    other.write_text(path.read_text() + "set: {batch.global_size: 16}\n")
+    code, text = said("status", other)
+    assert code == 2 and "run with other settings (batch.global_size: None -> 16)" in text.replace("\n", " ")
+
+
+def test_cells_of_several_ranks_give_the_same_losses(swept, run_file, tmp_path):
+    path = sweep_file(run_file, tmp_path / "ranks", {"optimizer.lr": [1e-3]}, ranks=2)
+    code, text = said("run", path)
+    assert code == 0, text + (read(str(path)).cells[0].folder / "log.txt").read_text()
+    one, two = losses(read(str(swept[0])).cells[0].folder), losses(read(str(path)).cells[0].folder)
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)

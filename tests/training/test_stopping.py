@@ -1,0 +1,71 @@
+"""Ends of a run that nobody waits for: a hang, a request, a limit; and whether a failure is worth another start."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ds_pretrain.training import signals
+from ds_pretrain.training.restarts import why_not
+from ds_pretrain.training.signals import InterruptedRun, StopRequest
+from ds_pretrain.training.watchdog import HUNG
+
+HANGING = """
+import sys, time, threading
+from pathlib import Path
+from ds_pretrain.training import watchdog
+watchdog.GRACE = 0.2
+def stuck_here():
+    time.sleep(60)
+with watchdog.Watchdog(0.5, 3, Path(sys.argv[1])) as dog:
+    for step in range(4):
+        time.sleep(0.2)
+        dog.beat(f"step {step}")
+    stuck_here()
+"""
+
+
+def test_a_rank_that_hangs_ends_with_its_stacks(tmp_path):
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", HANGING, tmp_path / "stacks"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == HUNG and time.monotonic() - began < 30
+    for told in (ran.stderr, (tmp_path / "stacks" / "rank-3.txt").read_text()):
+        assert "rank 3 on" in told and "since step 3" in told and "stuck_here" in told
+
+
+def test_a_file_and_a_limit_stop_too(tmp_path):
+    with StopRequest(tmp_path / "stop", minutes=0.002) as stop:
+        assert stop.reason == 0
+        (tmp_path / "stop").touch()
+        assert stop.reason == signals.FILE
+        (tmp_path / "stop").unlink()
+        time.sleep(0.15)
+        assert stop.reason == signals.TIME
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signals.signal.SIGUSR1)
+        assert stop.reason == signals.signal.SIGUSR1
+
+
+@pytest.mark.parametrize("reason, code", [(2, 130), (15, 143), (10, 0), (signals.FILE, 0), (signals.TIME, 0)])
+def test_an_end_in_good_order_is_no_failure(reason, code):
+    assert InterruptedRun(reason, "stopped").exit_code == code
+
+
+def test_what_is_worth_another_start(tmp_path):
+    def failed(step, code=1, restarts=0):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "lr": 1}) + "\n")
+        return why_not(tmp_path, code, restarts, most=5)
+
+    assert failed(10) == "" and failed(20) == ""
+    assert "2 times in a row after step 20" in failed(20)
+    assert failed(30) == "" and "divergence" in failed(40, code=3)
+    assert "5 are allowed" in failed(50, restarts=5)
+    assert "before its first step" in why_not(tmp_path / "nothing", 1, 0, 5)
+    (tmp_path / "stop").touch()
+    assert "keeps it from training" in failed(60)
+    assert [json.loads(line)["step"] for line in (tmp_path / "failures.jsonl").read_text().splitlines()] == [
+        10, 20, 20, 30, 40, 50, 60,
+    ]  # fmt: skip
