@@ -1,8 +1,4 @@
-"""What a run will take, by arithmetic: places, parameters, memory and batches for any number of ranks.
-
-Memory counts weights, gradients, fp32 master and Adam moments by ZeRO stage (Rajbhandari et al. 2020) and activations by the
-formula of Korthikanti et al. 2022; buffers of the libraries are not in it.
-"""
+"""What a run will take, by arithmetic: places, parameters, memory (`memory.py`) and batches for any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from rich.table import Table
 
 from ds_pretrain.config import RunConfig
 from ds_pretrain.evaluation.reference import parameter_shapes
+from ds_pretrain.memory import BUCKETS, Load, Moment, Rank, peak
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.plan import stage_of_layer
-from ds_pretrain.training.deepspeed_json import half, stage_of
 
 GIB = 1 << 30
 
@@ -59,74 +55,51 @@ def _parameters(config: RunConfig, model: ModelConfig) -> Table:
     return table
 
 
-def stage_parameters(model: ModelConfig, stages: int) -> list[int]:
-    """Parameters on each pipeline stage: embeddings on the first; norm, head and output matrix (a tied one's copy too) on
-    the last."""
-    table, layers = dict(model.parameter_table()), stage_of_layer(model.layers, stages)
-    norm = table["norms"] // (2 * model.layers + 1)
-    layer = (table["attention"] + table["feed-forward"] + table["norms"] - norm) // model.layers
-    found = [layer * layers.count(stage) for stage in range(stages)]
-    found[0] += table["word embedding"] + table["position and type embedding"]
-    copy = table["word embedding"] if model.tie_embeddings and stages > 1 else 0
-    found[-1] += norm + table["head"] + table["output embedding"] + copy
-    return found
+def ranks(config: RunConfig, model: ModelConfig, world: int, cuda: bool) -> list[Rank]:
+    """One rank of each pipeline stage: the others hold as much."""
+    plan, objective = config.parallel.plan(), config.make_objective()
+    micro, accumulation = _micro_batches(config, plan.data(world))
+    load = Load.of(objective, config.batch.seq_len, micro)
+    shared = (model, objective, plan, plan.replicas(world), config.deepspeed_json(), load, accumulation)
+    return [Rank(*shared, config.train.activation_checkpointing, stage, cuda) for stage in range(plan.pipeline)]
 
 
-def memory(config: RunConfig, model: ModelConfig, world: int) -> dict[str, float]:
-    """Bytes per rank by use, on the pipeline stage that needs most."""
-    stages = range(config.parallel.pipeline)
-    return max((_stage_memory(config, model, world, stage) for stage in stages), key=lambda found: sum(found.values()))
-
-
-def _stage_memory(config: RunConfig, model: ModelConfig, world: int, stage: int) -> dict[str, float]:
-    json, plan = config.deepspeed_json(), config.parallel.plan()
-    data, replicas = plan.data(world), plan.replicas(world)
-    zero, width = stage_of(json), 2 if half(json) else 4
-    small = _generator(config, model)
-    mine = (stage_parameters(model, plan.pipeline)[stage] + (small.count_parameters(False) if small else 0)) / plan.tensor
-    micro = config.batch.micro_size or max(1, config.batch.global_size // data)
-    accumulation = config.batch.global_size // (micro * data)
-    rows, layers = micro * config.batch.seq_len / plan.context, stage_of_layer(model.layers, plan.pipeline).count(stage)
-    flying = min(plan.pipeline - stage, accumulation)  # 1F1B: micro-batches that wait for their backward pass here
-    last = stage == plan.pipeline - 1
-    return {
-        "weights": mine * width / (replicas if zero == 3 else 1),
-        "gradients": mine * width / (replicas if zero >= 2 else 1),
-        "fp32 master": mine * 4 * (width == 2 or zero > 0) / (replicas if zero else 1),
-        "Adam moments": mine * 8 / (replicas if zero else 1),
-        "activations": rows * width * layers * flying * (_kept(config, model) + (_kept(config, small) if small else 0)),
-        "logits and their gradient, were every position scored": last * rows * 2 * 4 * model.vocab_size / plan.tensor,
-    }
-
-
-def _generator(config: RunConfig, model: ModelConfig) -> ModelConfig | None:
-    generator = config.make_objective().generator
-    return model.narrower(generator[1]) if generator else None
-
-
-def _kept(config: RunConfig, model: ModelConfig) -> float:
-    """Numbers that one layer keeps of each position for its backward pass, without attention scores (Korthikanti et al.,
-    equations 1, 2, 4 and section 5, in halves of their bytes)."""
-    t = config.parallel.tensor
-    if config.train.activation_checkpointing:
-        return model.hidden / (t if config.parallel.sequence else 1)
-    return model.hidden * (17 / t if config.parallel.sequence else 5 + 12 / t)
+def fullest(config: RunConfig, model: ModelConfig, world: int, cuda: bool) -> tuple[Rank, Moment]:
+    """The rank that needs most, and its fullest moment."""
+    return max(((rank, peak(rank)) for rank in ranks(config, model, world, cuda)), key=lambda found: found[1].total)
 
 
 def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
-    table = Table("memory per rank", "GiB", title=f"memory: {config.deepspeed.config}")
-    found = memory(config, model, world)
-    for name, size in found.items():
-        table.add_row(name, f"{size / GIB:.3f}")
-    table.add_row("sum (library buffers not counted)", f"{sum(found.values()) / GIB:.3f}", style="bold")
+    table = Table("memory of the fullest rank, GiB", "on a GPU", "on a CPU", title=f"memory: {config.deepspeed.config}")
+    found = [fullest(config, model, world, cuda) for cuda in (True, False)]
+    (rank, gpu), (_, cpu) = found
+    for part in dict.fromkeys([*gpu.parts, *cpu.parts]):
+        table.add_row(part, *(f"{moment.parts.get(part, 0) / GIB:.3f}" for moment in (gpu, cpu)))
+    table.add_row("peak", *(f"{moment.total / GIB:.3f}" for moment in (gpu, cpu)), style="bold")
+    table.add_row("when", gpu.name, cpu.name)
+    if config.parallel.pipeline > 1:
+        table.add_row("pipeline stage", *(str(rank.place) for rank, _ in found))
+    table.caption = (
+        "Tensors only: CUDA's context, NCCL and fragmentation come on top. Measured within 5% on CPU, never on a GPU."
+    )
+    if gpu.parts.get(BUCKETS) and rank.bucket > rank.elements:
+        table.caption += (
+            f" The reduce bucket is larger than what it is for: zero_optimization.reduce_bucket_size {rank.elements:,} in the "
+            f"DeepSpeed JSON would do instead of {rank.bucket:,}."
+        )
     return table
+
+
+def _micro_batches(config: RunConfig, data: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and micro-batches of a step on each of so many data ranks."""
+    micro = config.batch.micro_size or max(1, config.batch.global_size // data)
+    return micro, config.batch.global_size // (micro * data)
 
 
 def _batches(config: RunConfig, world: int) -> Table:
     data = config.parallel.plan().data(world)
     rows, length = config.batch.global_size, config.batch.seq_len
-    micro = config.batch.micro_size or max(1, rows // data)
-    accumulation = rows // (data * micro)
+    micro, accumulation = _micro_batches(config, data)
     table = Table("batch", "", title="batch arithmetic")
     table.add_row("rows of a step", f"{rows} = {data} data ranks x {accumulation} micro-batches x {micro}")
     table.add_row("positions of a step", f"{rows * length:,}")
