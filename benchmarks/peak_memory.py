@@ -24,13 +24,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ds_pretrain import memory
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.data.loader import Loader
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
+from ds_pretrain.planning import memory
 from ds_pretrain.training import deepspeed_json
 
 LIMIT = 0.05

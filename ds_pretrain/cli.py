@@ -303,9 +303,24 @@ def plan(
     run: Run,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+    measured: Annotated[Path | None, typer.Option(help="Points of `bench scaling --out`: steps are timed from them.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0, help="TFLOP/s of a rank in matrix products alone, in place of the measured.")
+    ] = None,
+    gb_per_second: Annotated[
+        float | None, typer.Option(min=0, help="GB/s that a rank sends in an all-reduce, in place of the measured.")
+    ] = None,
+    latency_us: Annotated[
+        float | None, typer.Option(min=0, help="Microseconds of an all-reduce of one number, in place of the measured.")
+    ] = None,
 ) -> None:
-    """Who sits where, parameters, memory and batch arithmetic for any number of ranks; needs no GPU."""
-    from ds_pretrain.planning import tables
+    """Who sits where, parameters, memory, bytes sent and batch arithmetic for any number of ranks; needs no GPU.
+
+    With speeds also the time of a step: as `bench scaling` has measured them on a few ranks, or as you know them of a cluster
+    you do not have.
+    """
+    from ds_pretrain.planning.points import Cluster, read
+    from ds_pretrain.planning.tables import tables
 
     config = load_run(run, overrides or [])
     refuse(run, config.check(world))
@@ -313,7 +328,10 @@ def plan(
     if size is None and config.model.vocab is None:
         size = ASSUMED_VOCABULARY
         out.print(f"{config.data.path} holds no tokenizer yet: a vocabulary of {size:,} is assumed (or give model.vocab)")
-    for table in tables(config, world, size):
+    given = {"products": (tflops, 1e12), "link": (gb_per_second, 1e9), "latency": (latency_us, 1e-6)}
+    speeds = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    cluster = Cluster.of(read(measured) if measured else [], speeds) if measured or speeds else None
+    for table in tables(config, world, size, cluster):
         out.print(table)
 
 
@@ -504,15 +522,21 @@ def bench_scaling(
     ] = "1,DP2,TP2,PP2",
     kind: Annotated[str, typer.Option(help="strong: the rows of a step stay; weak: those of a data rank.")] = "strong",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each that count.")] = 20,
+    save: Annotated[
+        Path | None, typer.Option("--out", help="JSON to add the points to; `plan --measured` predicts from it.")
+    ] = None,
 ) -> None:
     """Train a run on several world sizes and layouts: speed, efficiency and bytes sent, beside what is predicted of each."""
     from ds_pretrain import efficiency
+    from ds_pretrain.planning.points import save as write_points
 
     if kind not in ("strong", "weak"):
         raise ValueError(unknown("--kind", kind, ("strong", "weak")))
     points = efficiency.run(load_run(run, overrides or []), layouts.split(","), kind, steps)  # type: ignore[arg-type]
-    if points:
-        out.print(efficiency.table(points, kind))  # type: ignore[arg-type]
+    if points and save:
+        write_points(points, save)
+    for table in efficiency.tables(points, kind) if points else ():  # type: ignore[arg-type]
+        out.print(table)
 
 
 def _output_of(command: list[str]) -> Path:

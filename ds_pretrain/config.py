@@ -70,6 +70,11 @@ class BatchConfig(_Section):
     lengths: dict[int, int] = {}
     """Curriculum: pieces consumed to the most positions of an example from there on, e.g. {0: 64, 20000: 256}."""
 
+    def micro_batches(self, data: int) -> tuple[int, int]:
+        """Rows of a micro-batch and micro-batches of a step, on each of so many data ranks."""
+        rows = self.micro_size or max(1, self.global_size // data)
+        return rows, max(1, self.global_size // (rows * data))
+
 
 class ParallelConfig(_Section):
     """The layout; ranks that are left over are data parallel."""

@@ -10,45 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from rich.table import Table
 
 from ds_pretrain.config import ConfigError, RunConfig
-from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.launch import place
-from ds_pretrain.parallel.mesh import start
-from ds_pretrain.parallel.pace import Pace, pace
+from ds_pretrain.parallel.mesh import device, start
+from ds_pretrain.parallel.pace import pace
 from ds_pretrain.parallel.plan import plan_of
 from ds_pretrain.parallel.spawn import spawn
 from ds_pretrain.parallel.wire import counts, since
+from ds_pretrain.planning.points import Point, calibrated, costs_on
+from ds_pretrain.planning.traffic import predicted
 from ds_pretrain.runs import make_trainer, problems, training_data
-from ds_pretrain.speed import step_flops, step_seconds
-from ds_pretrain.traffic import GLOO, NCCL, predicted
+from ds_pretrain.training.memory import held, watched
 
 Kind = Literal["strong", "weak"]
 WARM = 4
 """Steps before the first that counts: ZeRO-3 learns in two what it needs when."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One world size and layout, measured. sent: payload bytes of each rank and step."""
-
-    layout: str
-    config: RunConfig
-    model: ModelConfig
-    world: int
-    seconds: float
-    sent: tuple[float, ...]
-    pace: Pace
-    share: float = 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.config.batch.global_size * self.config.batch.seq_len / self.seconds
 
 
 def configured(config: RunConfig, layout: str, kind: Kind) -> tuple[RunConfig, int]:
@@ -79,12 +59,13 @@ def run(config: RunConfig, layouts: Sequence[str], kind: Kind, steps: int) -> li
     if here > 1:
         found = [measure(layout, run, steps) for layout, run, world in chosen if world == here]
         return found if place().rank == 0 else []
-    return calibrated([spawn(world, measure, layout, run, steps) for layout, run, world in chosen])
+    return [spawn(world, measure, layout, run, steps) for layout, run, world in chosen]
 
 
 def measure(layout: str, config: RunConfig, steps: int) -> Point:
     """One point (collective)."""
-    start()
+    here = device(start().local_rank)
+    others = held(here)
     trainer = make_trainer(config, training_data(config))
     trainer.progress = False
     trainer.train()
@@ -92,45 +73,42 @@ def measure(layout: str, config: RunConfig, steps: int) -> Point:
     trainer.max_steps = WARM + steps
     trainer.train()
     seconds, sent = (time.perf_counter() - began) / steps, since(before) / steps
-    rows = (config.batch.micro_size or 1) * config.batch.seq_len
-    found = pace(rows, trainer.shape.hidden, trainer.shape.ffn_width, trainer.mesh)
-    everyone = trainer.mesh.gather((seconds, sent))
-    took, told = max(each for each, _ in everyone), tuple(each for _, each in everyone)
-    return Point(layout, config, trainer.shape, trainer.mesh.world, took, told, found)
+    with watched(here) as fullest:
+        trainer.max_steps += 1
+        trainer.train()
+    mesh, rows = trainer.mesh, config.batch.micro_batches(trainer.mesh.data_size)[0] * config.batch.seq_len
+    found = pace(rows, trainer.shape.hidden, trainer.shape.ffn_width // mesh.plan.tensor, mesh)
+    every_seconds, every_sent, every_peak = zip(*mesh.gather((seconds, sent, fullest.bytes - others)), strict=True)
+    return Point(layout, config, trainer.shape, mesh.world, here.type, max(every_seconds), every_sent, max(every_peak), found)
 
 
-def calibrated(points: Sequence[Point]) -> list[Point]:
-    """The points with the share of the products' speed that the smallest world reached beside its sending."""
-    least = min(points, key=lambda point: point.world)
-    computing = least.seconds - sum(seconds_of(least)[name] for name in ("sending", "latency"))
-    share = step_flops(least.config, least.model) / least.world / (least.pace.products * max(computing, 1e-9))
-    return [replace(point, share=share) for point in points]
+def tables(points: Sequence[Point], kind: Kind) -> list[Table]:
+    """Points beside their predictions."""
+    return [_speeds(points, kind), _sizes(points)]
 
 
-def seconds_of(point: Point) -> dict[str, float]:
-    """What is predicted of a point's step."""
-    costs = NCCL if torch.cuda.is_available() else GLOO
-    return step_seconds(point.config, point.model, point.world, point.pace, point.share, costs)
+def _speeds(points: Sequence[Point], kind: Kind) -> Table:
+    """Efficiency: tokens a second of a rank, over those of the smallest world's."""
+    heads = ("layout", "ranks", "s/step", "predicted", "tokens/s", "efficiency")
+    shown = Table(*heads, title=f"{kind} scaling", title_justify="left")
+    least, share = min(points, key=lambda point: point.world), calibrated(points)
+    for point in points:
+        efficiency = point.tokens_per_second / point.world / (least.tokens_per_second / least.world)
+        seconds = (f"{point.seconds:.3f}", f"{point.expected_seconds(share):.3f}")
+        shown.add_row(point.layout, str(point.world), *seconds, f"{point.tokens_per_second:,.0f}", f"{efficiency:.0%}")
+    return shown
 
 
-def table(points: Sequence[Point], kind: Kind) -> Table:
-    """Points beside their predictions. Efficiency: tokens a second of a rank, over those of the smallest world's."""
-    heads = ("layout", "ranks", "s/step", "predicted", "tokens/s", "efficiency", "sent MB", "predicted", "least")
-    shown = Table(*heads, title=f"{kind} scaling, sent by a rank in a step", title_justify="left")
-    least = min(points, key=lambda point: point.world)
+def _sizes(points: Sequence[Point]) -> Table:
+    """Bytes of the rank that sends most, of the rank that holds most. least: what the layout cannot do without."""
+    heads = ("layout", "ranks", "sent MB", "predicted", "least", "peak MB", "predicted")
+    shown = Table(*heads, title="sent by a rank in a step; tensors at the fullest moment", title_justify="left")
     for point in points:
         traffic = predicted(point.config, point.model, point.world)
-        minimum = max(sum(traffic.minimum(stage).values()) for stage in range(len(traffic.stages)))
-        efficiency = point.tokens_per_second / point.world / (least.tokens_per_second / least.world)
+        least = max(sum(traffic.minimum(stage).values()) for stage in range(len(traffic.stages)))
+        sent = (max(point.sent), max(traffic.sent(costs_on(point.device))), least)
+        peak = (point.peak, point.expected_peak().total)
         shown.add_row(
-            point.layout,
-            str(point.world),
-            f"{point.seconds:.3f}",
-            f"{sum(seconds_of(point).values()):.3f}",
-            f"{point.tokens_per_second:,.0f}",
-            f"{efficiency:.0%}",
-            f"{max(point.sent) / 1e6:.3f}",
-            f"{max(traffic.sent(GLOO)) / 1e6:.3f}",
-            f"{minimum / 1e6:.3f}",
+            point.layout, str(point.world), *(f"{size / 1e6:,.3f}" for size in sent), *(f"{size / 1e6:,.1f}" for size in peak)
         )
     return shown

@@ -151,7 +151,16 @@ def test_plan_for_any_number_of_ranks(run_file, world):
     tensor = 2 if world > 1 else 1
     out = ok("plan", run_file, "--world", world, f"parallel.tensor={tensor}", f"batch.global_size={world * 4}",
              f"parallel.pipeline={tensor}")  # fmt: skip
-    assert "memory per rank" in out and "parameters" in out and "embedding" in out
+    assert "memory of the fullest rank" in out and "parameters" in out and "embedding" in out
+    assert ("MB that a rank sends" in out) == (world > 1) and "time of a step" not in out
+
+
+def test_plan_times_a_step_on_a_cluster_that_is_not_there(run_file):
+    speeds = ("--tflops", 400, "--gb-per-second", 40, "--latency-us", 20)
+    out = " ".join(ok("plan", run_file, "--world", 8, "batch.global_size=16", *speeds).split())
+    assert "time of a step" in out and "400 TFLOP/s" in out and "None of it was measured" in out
+    half = invoke("plan", run_file, "--tflops", 400)
+    assert "nothing tells the speed of link and latency" in str(half.exception)
 
 
 def test_plan_refuses_what_cannot_be(run_file):

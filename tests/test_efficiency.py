@@ -1,10 +1,13 @@
 """A run on several layouts, measured beside its predictions."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_pretrain import efficiency
 from ds_pretrain.config import ConfigError, parse_run
-from ds_pretrain.traffic import GLOO, predicted
+from ds_pretrain.planning.points import Cluster, calibrated, read, save
+from ds_pretrain.planning.traffic import GLOO, predicted
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +39,35 @@ def test_what_is_sent_is_what_was_predicted(points):
 
 
 def test_a_step_on_one_rank_is_predicted_as_it_was_and_the_others_from_it(points):
-    one, *others = (sum(efficiency.seconds_of(point).values()) for point in points)
+    one, *others = (point.expected_seconds(calibrated(points)) for point in points)
     assert one == pytest.approx(points[0].seconds)
     assert all(0 < seconds < 100 * point.seconds for seconds, point in zip(others, points[1:], strict=True))
-    assert efficiency.table(points, "weak").row_count == 3
+    assert [table.row_count for table in efficiency.tables(points, "weak")] == [3, 3]
+
+
+def test_what_is_held_is_about_what_was_predicted(points):
+    """Within a fifth: beside the step of `tests/planning/test_memory.py` a run holds the batches that its loader made ahead."""
+    for point in points:
+        assert point.peak == pytest.approx(point.expected_peak().total, rel=0.2), point.layout
+
+
+def test_points_are_kept_and_planned_from(points, tmp_path):
+    path = tmp_path / "points.json"
+    save(points[:2], path)
+    save([replace(points[1], seconds=9.0), points[2]], path)
+    again = read(path)
+    assert [(p.layout, p.seconds) for p in again] == [("1", points[0].seconds), ("DP2", 9.0), ("PP2", points[2].seconds)]
+    assert again[2].expected_seconds(1.0) == points[2].expected_seconds(1.0) and again[2].sent == points[2].sent
+    cluster = Cluster.of(points, {"link": 5e9})
+    assert cluster.pace.link == 5e9 and cluster.pace.products == points[1].pace.products and cluster.device == "cpu"
+    assert list(cluster.errors) == ["1 on 1", "DP2 on 2", "PP2 on 2"] and cluster.errors["1 on 1"] == pytest.approx(0)
+
+
+def test_a_file_without_points_is_refused(tmp_path):
+    for text in ("{", '{"layout": "1"}', '[{"layout": "1"}]'):
+        (tmp_path / "points.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no points of `ds-pretrain bench scaling RUN --out"):
+            read(tmp_path / "points.json")
 
 
 def test_layouts_that_the_run_cannot_have_are_told_at_once(config):

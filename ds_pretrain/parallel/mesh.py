@@ -43,6 +43,11 @@ def start(where: Place | None = None) -> Place:
     return where
 
 
+def device(local_rank: int) -> torch.device:
+    """What a rank computes on."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The ranks of a job arranged by a plan. One mesh at a time per process: megatron-core's groups are global."""
@@ -103,7 +108,7 @@ class Mesh:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return device(self.local_rank)
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:

@@ -16,7 +16,7 @@ from ds_pretrain.parallel import wire
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
-from ds_pretrain.traffic import GLOO, NCCL, predicted, tables
+from ds_pretrain.planning.traffic import GLOO, NCCL, predicted, tables
 from ds_pretrain.training import deepspeed_json
 
 ROWS, LENGTH = 16, 64

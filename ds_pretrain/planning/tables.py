@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.table import Table
 
 from ds_pretrain.config import RunConfig
 from ds_pretrain.evaluation.reference import parameter_shapes
-from ds_pretrain.memory import BUCKETS, Load, Moment, Rank, peak
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.plan import stage_of_layer
+from ds_pretrain.planning import traffic
+from ds_pretrain.planning.memory import BUCKETS, fullest
+from ds_pretrain.planning.points import Cluster, costs_on
+from ds_pretrain.planning.speed import step_flops, step_seconds
 
 GIB = 1 << 30
 
 
-def tables(config: RunConfig, world: int, tokenizer_size: int | None) -> list[Table]:
-    """The plan of a checked run as tables."""
+def tables(config: RunConfig, world: int, tokenizer_size: int | None, cluster: Cluster | None = None) -> list[Table]:
+    """The plan of a checked run as tables; with the speeds of a cluster also the time of a step."""
     model = config.model.model_copy(
         update={
             "vocab": config.model.vocab or tokenizer_size,
             "positions": config.model.positions or config.batch.seq_len,
         }
     )
-    return [_places(config, model, world), _parameters(config, model), _memory(config, model, world), _batches(config, world)]
+    return [
+        _places(config, model, world),
+        _parameters(config, model),
+        _memory(config, model, world),
+        *(traffic.tables(traffic.predicted(config, model, world)) if world > 1 else ()),
+        *([_time(config, model, world, cluster)] if cluster else ()),
+        _batches(config, world),
+    ]
 
 
 def _places(config: RunConfig, model: ModelConfig, world: int) -> Table:
@@ -55,20 +66,6 @@ def _parameters(config: RunConfig, model: ModelConfig) -> Table:
     return table
 
 
-def ranks(config: RunConfig, model: ModelConfig, world: int, cuda: bool) -> list[Rank]:
-    """One rank of each pipeline stage: the others hold as much."""
-    plan, objective = config.parallel.plan(), config.make_objective()
-    micro, accumulation = _micro_batches(config, plan.data(world))
-    load = Load.of(objective, config.batch.seq_len, micro)
-    shared = (model, objective, plan, plan.replicas(world), config.deepspeed_json(), load, accumulation)
-    return [Rank(*shared, config.train.activation_checkpointing, stage, cuda) for stage in range(plan.pipeline)]
-
-
-def fullest(config: RunConfig, model: ModelConfig, world: int, cuda: bool) -> tuple[Rank, Moment]:
-    """The rank that needs most, and its fullest moment."""
-    return max(((rank, peak(rank)) for rank in ranks(config, model, world, cuda)), key=lambda found: found[1].total)
-
-
 def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
     table = Table("memory of the fullest rank, GiB", "on a GPU", "on a CPU", title=f"memory: {config.deepspeed.config}")
     found = [fullest(config, model, world, cuda) for cuda in (True, False)]
@@ -90,16 +87,36 @@ def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
     return table
 
 
-def _micro_batches(config: RunConfig, data: int) -> tuple[int, int]:
-    """Rows of a micro-batch, and micro-batches of a step on each of so many data ranks."""
-    micro = config.batch.micro_size or max(1, config.batch.global_size // data)
-    return micro, config.batch.global_size // (micro * data)
+def _time(config: RunConfig, model: ModelConfig, world: int, cluster: Cluster) -> Table:
+    table = Table("step", "ms", title="time of a step, nothing overlapped")
+    pace = cluster.pace
+    found = step_seconds(config, model, world, pace, cluster.share, costs_on(cluster.device))
+    for part, seconds in found.items():
+        table.add_row(part, f"{1e3 * seconds:,.2f}")
+    whole = sum(found.values())
+    table.add_row("a step", f"{1e3 * whole:,.2f}", style="bold")
+    tokens = config.batch.global_size * config.batch.seq_len / whole
+    table.add_row("tokens a second", f"{tokens:,.0f}")
+    table.add_row("share of the products' speed (MFU)", f"{step_flops(config, model) / world / pace.products / whole:.0%}")
+    table.add_row("hours of the run", f"{whole * config.train.max_steps / 3600:,.2f}")
+    link = f"; {pace.link / 1e9:.3g} GB/s sent, {pace.latency * 1e6:.3g} us a message" if world > 1 else ""
+    speed = f"{pace.products / 1e12:.3g} TFLOP/s in matrix products, of which a step reaches {cluster.share:.0%}"
+    table.caption = f"At {speed}{link}. {_trust(cluster.errors)}"
+    return table
+
+
+def _trust(errors: Mapping[str, float]) -> str:
+    """How far to believe it."""
+    if not errors:
+        return "None of it was measured here, and no step reaches all of a speed: see `ds-pretrain bench scaling --out`."
+    told = ", ".join(f"{where} {error:+.0%}" for where, error in errors.items())
+    return f"The same arithmetic is off on the measured points by: {told}."
 
 
 def _batches(config: RunConfig, world: int) -> Table:
     data = config.parallel.plan().data(world)
     rows, length = config.batch.global_size, config.batch.seq_len
-    micro, accumulation = _micro_batches(config, data)
+    micro, accumulation = config.batch.micro_batches(data)
     table = Table("batch", "", title="batch arithmetic")
     table.add_row("rows of a step", f"{rows} = {data} data ranks x {accumulation} micro-batches x {micro}")
     table.add_row("positions of a step", f"{rows * length:,}")

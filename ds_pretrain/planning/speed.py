@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from ds_pretrain.config import RunConfig
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.parallel.pace import Pace
-from ds_pretrain.traffic import Collective, Cost, predicted
+from ds_pretrain.planning.traffic import Collective, Cost, predicted
 
 RECOMPUTED = 4 / 3
 """Products with activation checkpointing, over those without: the forward pass is done twice."""
@@ -36,9 +36,7 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of a step by what they go into, on the pipeline stage that sends most. share: of the products' speed."""
     plan = config.parallel.plan()
-    data = plan.data(world)
-    micro = config.batch.micro_size or max(1, config.batch.global_size // data)
-    batches = config.batch.global_size // (micro * data)
+    _, batches = config.batch.micro_batches(plan.data(world))
     again = RECOMPUTED if config.train.activation_checkpointing else 1.0
     products = again * step_flops(config, model) / world / (pace.products * share)
     traffic = predicted(config, model, world)

@@ -21,10 +21,10 @@ import numpy as np
 from rich.table import Column, Table
 
 from ds_pretrain.config import RunConfig
-from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.plan import ParallelPlan, stage_of_layer
+from ds_pretrain.planning.held import is_tied, parameters
 from ds_pretrain.training.deepspeed_json import half, stage_of
 
 INT32, INT64, FP32, FP64 = 4, 8, 4, 8
@@ -169,8 +169,8 @@ class _Run:
     @staticmethod
     def of(config: RunConfig, model: ModelConfig, world: int, told: Mapping[str, float]) -> _Run:
         plan, json, objective, batch = config.parallel.plan(), config.deepspeed_json(), config.make_objective(), config.batch
-        micro = batch.micro_size or max(1, batch.global_size // plan.data(world))
-        rows, backward = micro * batch.seq_len, batch.global_size // (micro * plan.data(world))
+        micro, backward = batch.micro_batches(plan.data(world))
+        rows = micro * batch.seq_len
         shares = _summed((str(head.classes), _share(objective, head.name, batch.seq_len, told)) for head in objective.heads)
         return _Run(
             model=model,
@@ -204,30 +204,17 @@ class _Run:
     @property
     def tied(self) -> bool:
         """Whether the first and the last stage both hold the vocabulary matrix."""
-        return self.model.tie_embeddings and self.last > 0 and None in self.scored and not self.small
+        return self.last > 0 and is_tied(self.model, self.objective)
 
     def networks(self, stage: int) -> list[tuple[ModelConfig, int]]:
         """Networks on a stage and how many of their layers: a generator is on the first."""
         here = stage_of_layer(self.model.layers, self.plan.pipeline).count(stage)
         return [(self.model, here), *([(self.small, self.small.layers)] if self.small and stage == 0 else [])]
 
-    def parameters(self, stage: int) -> dict[str, float]:
+    def elements(self, stage: int) -> dict[str, int]:
         """Elements of the parameters that a rank of this stage has, about in the order of their use."""
-        sizes = {name: self._local(name, shape) for name, shape in parameter_shapes(self.model, self.objective).items()}
-        copy = {"word.weight, tied": sizes["word.weight"]} if self.tied and stage == self.last else {}
-        return {name: size for name, size in sizes.items() if self._stage(name) == stage} | copy
-
-    def _stage(self, name: str) -> int:
-        part, _, rest = name.partition(".")
-        if part == "layers":
-            return stage_of_layer(self.model.layers, self.plan.pipeline)[int(rest.partition(".")[0])]
-        return 0 if part in ("word", "embed", "generator") else self.last
-
-    def _local(self, name: str, shape: tuple[int, ...]) -> float:
-        if name.endswith(("word.weight", "output.weight", "output_bias.bias")):
-            return -(-shape[0] // self.plan.tensor) * math.prod(shape[1:])  # padded
-        whole = "linear_" not in name or name.endswith(("linear_proj.bias", "linear_fc2.bias"))
-        return math.prod(shape) / (1 if whole else self.plan.tensor)
+        here = parameters(self.model, self.objective, self.plan, stage)
+        return {name: math.prod(shape) for name, shape in here.items()}
 
 
 def _share(objective: Objective, head: str, length: int, told: Mapping[str, float]) -> float:
@@ -306,7 +293,7 @@ def _pipeline(run: _Run, stage: int) -> Iterator[Collective]:
         yield from _handed("pipeline: integer planes", run.row_positions, width, (planes * there[0], planes * there[1]), 0)
     yield Collective("pipeline: outputs put together again", "all_gather", t, x, w, back[1] * cut, 0)
     if run.tied and (first or last):
-        yield Collective("tied vocabulary matrix", "all_reduce", 2 * run.replicas, run.parameters(0)["word.weight"], w)
+        yield Collective("tied vocabulary matrix", "all_reduce", 2 * run.replicas, run.elements(0)["word.weight"], w)
 
 
 def _handed(use: str, elements: float, width: int, times: tuple[int, int], needed: float = 1) -> Iterator[Collective]:
@@ -334,7 +321,7 @@ def _context(run: _Run, stage: int) -> Iterator[Collective]:
 def _gradients(run: _Run, stage: int) -> Iterator[Collective]:
     """Sums over the replicas: of every micro-batch from stage 2 on; whole but in stage 3, though from stage 1 on each replica
     keeps a part. Those of a tied matrix are known by then."""
-    r, zero, count = run.replicas, stage_of(run.json), sum(run.parameters(stage).values())
+    r, zero, count = run.replicas, stage_of(run.json), sum(run.elements(stage).values())
     width = {"fp32": FP32, "fp16": 2, "bf16": 2}.get(str(run.json.get("communication_data_type")), run.width)
     operation, parts, enough = "all_reduce", 1, 0.5 if zero else 1
     if zero == 3:
@@ -342,7 +329,7 @@ def _gradients(run: _Run, stage: int) -> Iterator[Collective]:
     elif zero and not run.zero.get("use_multi_rank_bucket_allreduce", True):
         operation, parts, enough = "reduce", r, 1  # to each replica its part
     times = parts * (run.backward if zero >= 2 else 1)
-    known = run.parameters(0)["word.weight"] if run.tied and stage in (0, run.last) else 0
+    known = run.elements(0)["word.weight"] if run.tied and stage in (0, run.last) else 0
     yield Collective("data: gradients", operation, r, (count - known) / parts, width, times, enough)
     yield Collective("data: tied matrix once more", operation, r, known / parts, width, times, 0)
 
@@ -351,7 +338,7 @@ def _weights(run: _Run, stage: int) -> Iterator[Collective]:
     """Updated weights: after the step in stages 1 and 2, and in stage 3 those of small parameters. There the others come before
     they are used, once for each micro-batch, and again where DeepSpeed lets them go because their next use is too far away,
     counted in the elements of what is used in between."""
-    r, w, zero, sizes = run.replicas, run.width, stage_of(run.json), run.parameters(stage)
+    r, w, zero, sizes = run.replicas, run.width, stage_of(run.json), run.elements(stage)
     if zero in (1, 2):
         yield Collective("ZeRO: updated weights", "all_gather", r, sum(sizes.values()), w)
     if zero != 3:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ds_pretrain.config import RunConfig
 from ds_pretrain.core.batch import Batch
 from ds_pretrain.core.vocabulary import Vocabulary
-from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.plan import ParallelPlan, stage_of_layer
+from ds_pretrain.planning.held import is_tied, parameters, predicts_words
 from ds_pretrain.training.deepspeed_json import half, offloads, stage_of
 
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ BUCKET, PREFETCH, PERSISTS, REUSE = 500_000_000, 50_000_000, 100_000, 1_000_000_
 max_reuse_distance."""
 SAMPLED = 64
 """Rows of a micro-batch that are made to count its targets; of a larger one the rest is taken to be alike."""
-ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
-COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-VOCABULARY = ("word.weight", "output.weight", "output_bias.bias")
-"""Parameters that tensor ranks share: the first two evenly, the vocabulary padded to a multiple of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -151,33 +148,15 @@ class Rank:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters on this rank, each with its dimensions here."""
-        whole = parameter_shapes(self.model, self.objective)
-        here = {name: self._cut(name, shape) for name, shape in whole.items() if self.place in self._places(name)}
-        return dict(here)
-
-    def _places(self, name: str) -> set[int]:
-        """The pipeline stages that have a parameter; a tied matrix is on two."""
-        first, last = 0, self.plan.pipeline - 1
-        if name.startswith("layers."):
-            return {stage_of_layer(self.model.layers, self.plan.pipeline)[int(name.split(".")[1])]}
-        if name == "word.weight" and self.tied:
-            return {first, last}
-        return {last if name.startswith(("head.", "output.")) else first}
-
-    def _cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        ranks = self.plan.tensor
-        if name.endswith(COLUMNS):
-            return shape[0], shape[1] // ranks
-        return (-(-shape[0] // ranks), *shape[1:]) if name.endswith((*ROWS, *VOCABULARY)) else shape
+        return parameters(self.model, self.objective, self.plan, self.place)
 
     @property
     def words(self) -> bool:
-        """Whether this network itself predicts words: with a generator, that one does."""
-        return self.objective.generator is None and any(head.classes is None for head in self.objective.heads)
+        return predicts_words(self.objective)
 
     @property
     def tied(self) -> bool:
-        return self.words and self.model.tie_embeddings
+        return is_tied(self.model, self.objective)
 
     @property
     def first(self) -> bool:
@@ -262,6 +241,16 @@ PASSING = "passing"
 Parts = dict[str, float]
 
 
+def fullest(config: RunConfig, model: ModelConfig, world: int, cuda: bool) -> tuple[Rank, Moment]:
+    """The rank of a checked run that needs most, and its fullest moment. model: with vocabulary and positions set."""
+    plan, objective = config.parallel.plan(), config.make_objective()
+    micro, accumulation = config.batch.micro_batches(plan.data(world))
+    load = Load.of(objective, config.batch.seq_len, micro)
+    shared = (model, objective, plan, plan.replicas(world), config.deepspeed_json(), load, accumulation)
+    ranks = [Rank(*shared, config.train.activation_checkpointing, stage, cuda) for stage in range(plan.pipeline)]
+    return max(((rank, peak(rank)) for rank in ranks), key=lambda found: found[1].total)
+
+
 def peak(rank: Rank) -> Moment:
     """The fullest moment of a step."""
     return max(moments(rank), key=lambda moment: moment.total)
@@ -301,7 +290,7 @@ def _piped(r: Rank) -> float:
 def _divided(r: Rank) -> Parts:
     """The optimizer's state, which an offloading run has on the CPU of a GPU machine."""
     away = r.cuda and offloads(r.deepspeed)
-    return {} if away else {MASTER: 4 * sum(r.parts), ADAM: 8 * sum(r.parts)}
+    return {} if away else {MASTER: 4.0 * sum(r.parts), ADAM: 8.0 * sum(r.parts)}
 
 
 def _held(r: Rank) -> Parts:
@@ -309,8 +298,8 @@ def _held(r: Rank) -> Parts:
     if r.accumulation == 1 or r.zero == 3:
         return {}
     if r.zero == 2:
-        return {GRADIENTS: r.width * sum(r.parts)}
-    return {GRADIENTS: r.width * r.elements} | ({BUCKETS: r.width * r.bucket} if r.zero else {})
+        return {GRADIENTS: float(r.width * sum(r.parts))}
+    return {GRADIENTS: float(r.width * r.elements)} | ({BUCKETS: float(r.width * r.bucket)} if r.zero else {})
 
 
 def _gathered(r: Rank) -> float:

@@ -1,0 +1,1 @@
+"""What a run will take, by arithmetic alone: what ranks hold, what they send, how long a step is."""
