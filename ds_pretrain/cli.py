@@ -21,7 +21,7 @@ from rich.table import Table
 from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
 from ds_pretrain.core.files import BusyError
 from ds_pretrain.core.registry import unknown
-from ds_pretrain.runs import load_model, make_trainer, open_run, refuse, tokenizer_size
+from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
 from ds_pretrain.sweep.commands import app as sweep
 from ds_pretrain.sweep.spec import read as read_sweep
 
@@ -137,7 +137,7 @@ def evaluate(
 
     from ds_pretrain.evaluation import ngram, perplexity, report
 
-    model, dataset = load_model(output)
+    (model, _), dataset = load_model(output), data_of(output)
     plain = model.objective.likelihood
     found: dict[str, dict[str, float]] = {}
     for objective in [model.objective, *([plain] if plain and plain != model.objective else [])]:
@@ -172,8 +172,8 @@ def generate(
     from ds_pretrain.evaluation.generate import generate as run
     from ds_pretrain.evaluation.generate import unmask
 
-    model, dataset = load_model(output)
-    tokenizer, vocab = dataset.tokenizer, dataset.vocab
+    model, tokenizer = load_model(output)
+    vocab = tokenizer.vocabulary
     start = tokenizer.encode(prompt).tolist()
     if model.objective.measure == "bound":
         ids = unmask(model, start, vocab.mask, vocab.specials, tokens, temperature, seed=seed)
@@ -241,7 +241,7 @@ def infill(
 
     from ds_pretrain.evaluation import infill as task
 
-    model, dataset = load_model(output)
+    (model, _), dataset = load_model(output), data_of(output)
     if problems := [*task.problems(model.objective), *dataset.vocab.lacks("infilling", task.NAMES)]:
         raise ValueError(problems[0])
     part = dataset.split(split)
@@ -270,8 +270,8 @@ def similarity(
     """Hold a run's sentence embeddings against human scores: Spearman, alignment, uniformity."""
     from ds_pretrain.evaluation import embeddings
 
-    model, dataset = load_model(output)
-    found = embeddings.similarity(_embedder(model, dataset), embeddings.read_scores(pairs))
+    model, tokenizer = load_model(output)
+    found = embeddings.similarity(_embedder(model, tokenizer), embeddings.read_scores(pairs))
     if model.mesh.rank == 0:
         table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
         table.add_row(
@@ -288,14 +288,55 @@ def probe(
     """Classify texts by a logistic regression on a run's frozen states, beside the untrained network."""
     from ds_pretrain.evaluation import embeddings
 
-    model, dataset = load_model(output)
+    model, tokenizer = load_model(output)
     rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
-    found = embeddings.probe(_embedder(model, dataset), _embedder(model.untrained(), dataset), rows)
+    found = embeddings.probe(_embedder(model, tokenizer), _embedder(model.untrained(), tokenizer), rows)
     if model.mesh.rank == 0:
         table = Table("features", "held-out accuracy", title=f"{output}, {texts}: {found.train} to fit, {found.test} held out")
         for name, share in (("this run", found.accuracy), ("untrained", found.untrained), ("majority", found.majority)):
             table.add_row(name, f"{share:.2%}")
         out.print(table)
+
+
+@app.command(name="import")
+def bring(
+    folder: Annotated[Path, typer.Argument(help="What save_pretrained() wrote: GPT-2, LLaMA, BERT, ALBERT or ELECTRA.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The output folder to make.")],
+    generator: Annotated[
+        Path | None, typer.Option(help="Of ELECTRA: the generator's folder, FOLDER is the discriminator's.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="What to train it for; else what its class was trained for.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read a pickle, with weights_only, where there are no safetensors.")
+    ] = False,
+) -> None:
+    """Take weights from a folder of transformers: the output can be generated from, evaluated, exported, and trained on from.
+
+    Heads that the folder lacks begin anew, and are named. To train on, begin a run with init=OUTPUT and an output of its own.
+    """
+    from ds_pretrain.interop.commands import bring_in, told
+
+    arrival = bring_in(folder, output, generator, objective, allow_pickle)
+    out.print(told(arrival, output))
+    out.print(f"train on:  ds-pretrain prepare TEXT -o DATA --tokenizer {output}/tokenizer", soft_wrap=True)
+    out.print(f"           ds-pretrain train RUN init={output} data.path=DATA output=...", soft_wrap=True)
+
+
+@app.command()
+def export(
+    output: Output,
+    folder: Annotated[Path, typer.Option("--folder", "-o", help="The folder to make; it must be empty or not there.")],
+    dtype: Annotated[str, typer.Option(help="Precision of the file: float32, bfloat16 or float16.")] = "float32",
+    step: Annotated[
+        str | None, typer.Option(help="A checkpoint by name, such as step-1000; else the newest sound one.")
+    ] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="GB of a file at most.")] = 5.0,
+) -> None:
+    """Write a run's weights as a folder of transformers: config, safetensors, tokenizer, generation config and model card."""
+    from ds_pretrain.interop.commands import send_out
+
+    for made in send_out(Path(output), folder, dtype, step, int(shard_gb * 1e9)):
+        out.print(f"{made}: open it with transformers, or read {folder}/README.md")
 
 
 @app.command()
@@ -452,13 +493,13 @@ def _of_layouts(seeded: bool) -> None:
         raise typer.Exit(1)
 
 
-def _embedder(model: Any, dataset: Any) -> Any:
-    """Texts to embeddings, framed as the encoder has seen them and cut to its length."""
-    vocab, encoder = dataset.vocab, model.objective.kind != "causal"
-    room = dataset.seq_len - 2
+def _embedder(model: Any, tokenizer: Any) -> Any:
+    """Texts to embeddings, framed as the encoder has seen them and cut to its positions."""
+    vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"
+    room = model.build.model.positions - 2
 
     def embed(texts: list[str]) -> Any:
-        found = [ids[:room].tolist() for ids in dataset.tokenizer.encode_batch(texts)]
+        found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
         return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
 
     return embed

@@ -138,6 +138,9 @@ class RunConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     train: TrainConfig = TrainConfig()
+    init: str | None = None
+    """Begin with the weights of this output folder, of a run or of `ds-pretrain import`, and with the shape of its model where
+    the run gives none; optimizer, data and steps begin anew."""
     output: str = "runs/default"
     """Folder of run.yaml, metrics.jsonl, checkpoints/ and plots/."""
     seed: int = Field(0, ge=0)
@@ -253,7 +256,22 @@ def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Ru
     settings = overrides if isinstance(overrides, Mapping) else dict(_setting(text, str(path)) for text in overrides)
     for key, value in settings.items():
         _set(values, key.split("."), value)
+    if values.get("init"):
+        values["model"] = {**_shape_of(str(values["init"]), str(path)), **(values.get("model") or {})}
     return parse_run(numbers(values), str(path))
+
+
+def _shape_of(folder: str, where: str) -> dict[str, Any]:
+    """The model that a run begins with, as its newest checkpoint tells it."""
+    from ds_pretrain.training import checkpoint
+
+    found = checkpoint.steps(Path(folder) / "checkpoints")
+    if not found:
+        raise ConfigError(
+            where, [f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported"]
+        )
+    shape: dict[str, Any] = checkpoint.read_manifest(found[0])["model"]
+    return {name: value for name, value in shape.items() if name != "preset"}
 
 
 def _setting(override: str, where: str) -> tuple[str, Any]:

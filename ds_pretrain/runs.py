@@ -43,6 +43,7 @@ def make_trainer(config: RunConfig, dataset: Any) -> Any:
         max_minutes=t.max_minutes,
         activation_checkpointing=t.activation_checkpointing,
         compile=t.compile,
+        init=config.init,
         output=config.output,
         seed=config.seed,
         facts=config.model_dump(mode="json"),
@@ -110,12 +111,18 @@ def training_data(config: RunConfig) -> Any:
     return MixedDataset(dataset, data.mix, data.mix_by) if data.mix else dataset
 
 
-def tokenizer_size(config: RunConfig) -> int | None:
-    """How large a run's vocabulary is; None before anything is prepared."""
+def tokenizer_of(config: RunConfig) -> Any:
+    """The tokenizer that a run reads with; None before anything is prepared."""
     from ds_pretrain.data.tokenizer import TextTokenizer
 
     folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
-    return len(TextTokenizer.load(folder)) if folder.exists() else None
+    return TextTokenizer.load(folder) if folder.exists() else None
+
+
+def tokenizer_size(config: RunConfig) -> int | None:
+    """How large a run's vocabulary is; None before anything is prepared."""
+    tokenizer = tokenizer_of(config)
+    return None if tokenizer is None else len(tokenizer)
 
 
 def refuse(run: str, found: list[str]) -> None:
@@ -124,18 +131,37 @@ def refuse(run: str, found: list[str]) -> None:
         raise ConfigError(run, found)
 
 
+def run_of(output: str | Path) -> RunConfig:
+    """The settings of a run that was trained or imported. ValueError if there is none."""
+    path = Path(output) / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained or imported")
+    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
 def load_model(output: str) -> tuple[Any, Any]:
-    """A finished run's model and its dataset."""
+    """The model of a run or an import, and the tokenizer that it reads with."""
     from ds_pretrain.parallel.launch import place
     from ds_pretrain.parallel.plan import ParallelPlan
     from ds_pretrain.training.inference import FrozenModel
 
-    path = Path(output) / "run.yaml"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained")
-    config = parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    config = run_of(output)
+    tokenizer = tokenizer_of(config)
+    if tokenizer is None:
+        raise ValueError(f"{config.data.tokenizer or config.data.path} holds no tokenizer, which {output} was trained with")
     tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
-    return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor)), training_data(config)
+    return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor)), tokenizer
+
+
+def data_of(output: str) -> Any:
+    """The training data of a run, whose other splits they know. ValueError if they are not there."""
+    config = run_of(output)
+    if not (Path(config.data.path) / "train.idx").is_file():
+        tokenizer = f" --tokenizer {config.data.tokenizer}" if config.data.tokenizer else ""
+        raise ValueError(
+            f"{config.data.path} holds no prepared data: make it with ds-pretrain prepare TEXT -o {config.data.path}{tokenizer}"
+        )
+    return training_data(config)
 
 
 def _verify() -> Any:

@@ -10,7 +10,6 @@ import ds_pretrain
 
 ROOT = Path(ds_pretrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = {"core", "objectives", "data", "parallel", "models", "training", "evaluation", "interop", "curation", "sweep"}
 MAY_IMPORT = {
     "core": set(),
     "objectives": {"core"},
@@ -18,11 +17,12 @@ MAY_IMPORT = {
     "curation": {"core", "data"},
     "parallel": {"core"},
     "models": {"core", "parallel"},
-    "interop": {"core", "models", "parallel"},
+    "interop": {"core", "objectives", "data", "parallel", "models", "training", "evaluation"},
+    "planning": {"core", "objectives", "data", "parallel", "models", "training", "evaluation"},
     "training": {"core", "objectives", "data", "parallel", "models", "evaluation"},
     "evaluation": {"core", "objectives", "data", "parallel", "models", "training"},
     "sweep": {"core", "models", "parallel", "training", "evaluation"},
-}
+}ROOMS = set(MAY_IMPORT)
 ONLY_IN = {
     "torch.distributed": {"parallel", "training"},
     "deepspeed": {"training"},
@@ -83,4 +83,4 @@ def test_no_objective_is_named_where_layouts_live():
 
 
 def test_the_law_knows_every_room():
-    assert {room(path) for path in FILES} - {""} == ROOMS == set(MAY_IMPORT)
+    assert {room(path) for path in FILES} - {""} == ROOMS

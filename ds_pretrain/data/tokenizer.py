@@ -181,10 +181,11 @@ class TextTokenizer:
         return cls("tokenizer.model", _train_model(texts, vocab_size, kind), {n: i for i, n in enumerate(RESERVED)})
 
     @classmethod
-    def load(cls, path: str | Path, extend: bool = False) -> TextTokenizer:
+    def load(cls, path: str | Path, extend: bool = False, stand_in: bool = False) -> TextTokenizer:
         """Load a folder that `save` wrote, or a tokenizer.json or tokenizer.model from elsewhere (or its folder).
 
-        extend: append the reserved tokens that a tokenizer from elsewhere lacks, after its own ids.
+        extend: append the reserved tokens that a tokenizer from elsewhere lacks, after its own ids. stand_in: let <eod> stand
+        for the required ones that it lacks, which serves causal models, whose embeddings then stay as they are.
         """
         path = Path(path)
         files = [path] if path.is_file() else [path / name for name in ENGINES if (path / name).is_file()]
@@ -199,7 +200,7 @@ class TextTokenizer:
         saved = files[0].with_name("specials.json")
         if saved.is_file():
             return cls._verified(file, model, saved)
-        return cls(file, model, _find_specials(engine, files[0], extend))
+        return cls(file, model, _find_specials(engine, files[0], extend, stand_in))
 
     @classmethod
     def _verified(cls, file: str, model: bytes, saved: Path) -> TextTokenizer:
@@ -305,13 +306,15 @@ def _digest(model: bytes, specials: Mapping[str, int]) -> str:
     return xxhash.xxh3_128_hexdigest(model + json.dumps(dict(specials), sort_keys=True).encode())
 
 
-def _find_specials(engine: Engine, path: Path, extend: bool) -> dict[str, int]:
+def _find_specials(engine: Engine, path: Path, extend: bool, stand_in: bool) -> dict[str, int]:
     specials: dict[str, int] = {}
     for name in RESERVED:
         found = (engine.find(spelling) for spelling in (name, *ALIASES.get(name, ())))
         if (token := next((i for i in found if i is not None), None)) is not None:
             specials[name] = token
     specials |= {name: i for name, i in engine.specials().items() if i not in specials.values()}
+    if stand_in and "<eod>" in specials:
+        specials |= {name: specials["<eod>"] for name in REQUIRED if name not in specials}
     missing = [name for name in RESERVED if name not in specials]
     if extend:
         specials |= {name: engine.size + i for i, name in enumerate(missing)}

@@ -1,1 +1,3 @@
-"""Weights from elsewhere: other libraries' names and layouts, in the logical names that every layout here shares."""
+"""Weights from and for `transformers`: what families of models there are, their folders, the way in and the way out."""
+
+from ds_pretrain.interop import bert, electra, gpt2, llama  # noqa: F401 (they register their families)

@@ -43,6 +43,8 @@ FILE_BYTES = 1 << 29
 """Tensors of one file, about: bounds the memory that serialising takes."""
 MEANING = ("heads", "groups", "norm", "norm_position", "norm_eps", "activation", "position", "rope_base")
 """Fields of a model that change what its weights mean, though not always their shapes."""
+HEADS = ("head.classifiers.", "head.dense", "head.output_bias.", "generator.")
+"""Where the names of parameters begin that belong to an objective rather than to the model."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ def save(folder: Path, engine: Engine, step: int, facts: Mapping[str, Any], keep
     return final
 
 
-def packed(rank: int, pieces: Iterable[tuple[Piece, Tensor]]) -> Iterator[tuple[str, bytes]]:
-    """A rank's pieces as named safetensors files of bounded size."""
+def packed(rank: int, pieces: Iterable[tuple[Piece, Tensor]], most: int = FILE_BYTES) -> Iterator[tuple[str, bytes]]:
+    """A rank's pieces as named safetensors files of about `most` bytes."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     size = number = 0
@@ -105,7 +107,7 @@ def packed(rank: int, pieces: Iterable[tuple[Piece, Tensor]]) -> Iterator[tuple[
         key = str(len(tensors))
         tensors[key], metadata[key] = tensor.detach().cpu().contiguous(), json.dumps(asdict(piece))
         size += tensor.numel() * tensor.element_size()
-        if size > FILE_BYTES:
+        if size > most:
             yield f"rank-{rank:05d}-{number:03d}.safetensors", to_bytes(tensors, metadata)
             tensors, metadata, size, number = {}, {}, 0, number + 1
     if tensors:
@@ -297,11 +299,29 @@ def load(snapshot: Snapshot, engine: Engine) -> None:
     engine.mesh.barrier()
 
 
-def check_model(snapshot: Snapshot, engine: Engine) -> None:
-    """ValueError that names how the checkpoint's model differs from the engine's."""
+def adopt(snapshot: Snapshot, engine: Engine) -> list[str]:
+    """Begin `engine` with the weights of a checkpoint of any layout: no moments, no counters. Heads may differ: those that the
+    checkpoint lacks stay as they are, and their names are returned."""
+    check_model(snapshot, engine, HEADS)
+    owned = {fragment.shard.name: fragment for fragment in state.fragments(engine)}
+    fresh = []
+    for shard, parameter in list(state.local_parameters(engine)):
+        if shard.name not in snapshot.shapes:
+            fresh.append(shard.name)
+            continue
+        local = shard.take(snapshot.whole(shard.name)).to(engine.mesh.device)
+        if fragment := owned.get(shard.name):
+            view = fragment.views["master"]
+            view.copy_(local.reshape(-1)[fragment.start : fragment.start + view.numel()])
+        state.refresh_weights(engine, shard, parameter, local)
+    return sorted(set(chain(*engine.mesh.gather(fresh))))
+
+
+def check_model(snapshot: Snapshot, engine: Engine, but: tuple[str, ...] = ()) -> None:
+    """ValueError that names how the checkpoint's model differs from the engine's, parameters whose names begin so left out."""
     local = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
-    ours = {name: shape for stage in engine.mesh.gather(local) for name, shape in stage.items()}
-    theirs = snapshot.shapes
+    ours = {name: shape for stage in engine.mesh.gather(local) for name, shape in stage.items() if not name.startswith(but)}
+    theirs = {name: shape for name, shape in snapshot.shapes.items() if not name.startswith(but)}
     wrong = [
         f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the model"
         for name in {**ours, **theirs}

@@ -78,6 +78,7 @@ class PreTrainer:
         max_minutes: float | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        init: str | Path | None = None,
         output: str | Path | None = None,
         seed: int = 0,
         facts: Mapping[str, Any] | None = None,
@@ -128,12 +129,16 @@ class PreTrainer:
         self._held: IO[str] | None = None
         if self.output:
             self._open(self.output)
+        if init and self.step == 0:
+            self._begin_from(Path(init))
 
     def train(self) -> StepResult | None:
         """Run to `max_steps`; returns the last step's result (None if there was nothing left to do).
 
         A request to stop on any rank (see `signals`) ends it after the step at hand with a checkpoint of it and InterruptedRun.
         """
+        if self.output and self._held and self._held.closed:  # it trained before, and gave the folder back
+            self._held = hold(self.output / "lock")
         with self._held or contextlib.nullcontext():
             return self._train()
 
@@ -327,8 +332,18 @@ class PreTrainer:
             path.rename(path.with_name(f"run-until-{self.step}.yaml"))
             self.changed = f"other settings from here on: {changed}"
 
+    def _begin_from(self, folder: Path) -> None:
+        """Take the weights of another run or of an import, nothing else of it."""
+        found = checkpoint.newest(folder / "checkpoints", self.mesh)
+        if found is None:
+            raise ValueError(f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported")
+        fresh = checkpoint.adopt(checkpoint.Snapshot(found), self.model)
+        self.changed = f"begins with the weights of {found}" + f"; fresh: {', '.join(fresh)}" * bool(fresh)
+
     def _resume(self, snapshot: checkpoint.Snapshot) -> None:
         m = snapshot.manifest
+        if "imported" in m:
+            raise ValueError(f"{snapshot.path} was imported: begin a run with init={self.output} and an output of its own")
         if (m["data"], m["objective"]) != (self.dataset.digest, self.objective.name):
             resized = f", or resize it again with --data {self.dataset.digest}" if "resized" in m["data"] else ""
             raise ValueError(

@@ -1,0 +1,253 @@
+"""BERT (Devlin et al. 2019) and ALBERT (Lan et al. 2020) as `transformers` stores them: encoders with norms after their blocks.
+
+The heads of the objective say which of the library's classes a model is. Labels agree: 1 is "from another document" and
+"swapped" on both sides. Of ALBERT there are its heads only: neither its factorised embedding nor its shared layers are ours, so
+a model leaves with an embedding as wide as its layers and a group of its own for every layer, and only such a one comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ds_pretrain.interop.rules import (
+    ACTIVATIONS,
+    FAMILIES,
+    Family,
+    Fields,
+    Rule,
+    Side,
+    Way,
+    activation,
+    both,
+    grouped,
+    require,
+    trained_for,
+)
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import Objective
+
+EMBEDDINGS = {
+    "word": "word_embeddings",
+    "embed.position": "position_embeddings",
+    "embed.types": "token_type_embeddings",
+}
+
+
+def shape_of(c: Fields) -> ModelConfig:
+    """The model of a config with BERT's names."""
+    require(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    dropout = c.get("hidden_dropout_prob", 0.1)
+    return ModelConfig.model_validate(
+        {
+            "layers": c["num_hidden_layers"],
+            "hidden": c["hidden_size"],
+            "heads": c["num_attention_heads"],
+            "ffn": c["intermediate_size"],
+            "vocab": c["vocab_size"],
+            "positions": c["max_position_embeddings"],
+            "norm_position": "post",
+            "norm_eps": c.get("layer_norm_eps", 1e-12),
+            "activation": activation(c.get("hidden_act", "gelu")),
+            "token_types": c.get("type_vocab_size", 2),
+            "head_transform": True,
+            "tie_embeddings": c.get("tie_word_embeddings", True),
+            "dropout": dropout,
+            "attention_dropout": c.get("attention_probs_dropout_prob", dropout),
+            "init_std": c.get("initializer_range", 0.02),
+        }
+    )
+
+
+def fields_of(m: ModelConfig) -> dict[str, object]:
+    """The other way round."""
+    return {
+        "num_hidden_layers": m.layers,
+        "hidden_size": m.hidden,
+        "num_attention_heads": m.heads,
+        "intermediate_size": m.ffn_width,
+        "vocab_size": m.vocab,
+        "max_position_embeddings": m.positions,
+        "type_vocab_size": m.token_types,
+        "layer_norm_eps": m.norm_eps,
+        "hidden_act": ACTIVATIONS[m.activation],
+        "hidden_dropout_prob": m.dropout,
+        "attention_probs_dropout_prob": m.dropout if m.attention_dropout is None else m.attention_dropout,
+        "tie_word_embeddings": m.tie_embeddings,
+        "initializer_range": m.init_std,
+    }
+
+
+def is_encoder(m: ModelConfig, objective: Objective) -> bool:
+    """Whether a model of ours computes what BERT's layers do."""
+    shape = (m.norm, m.norm_position, m.position, m.bias, m.groups == m.heads, m.token_types > 0)
+    words = any(head.classes is None for head in objective.heads)
+    fits = shape == ("layernorm", "post", "learned", True, True, True) and m.activation in ACTIVATIONS
+    return fits and objective.kind == "full" and (m.head_transform or not words)
+
+
+def embedding_rules(prefix: str) -> Iterator[Rule]:
+    """Words, positions, types and the norm after them."""
+    for ours, theirs in EMBEDDINGS.items():
+        yield Rule(f"{ours}.weight", (f"{prefix}embeddings.{theirs}.weight",))
+    yield from both("embed.norm", f"{prefix}embeddings.LayerNorm")
+
+
+def layer_rules(model: ModelConfig, prefix: str, logical: str = "") -> Iterator[Rule]:
+    """The encoder's layers."""
+    for i in range(model.layers):
+        ours, theirs = f"{logical}layers.{i}", f"{prefix}encoder.layer.{i}"
+        qkv = tuple(f"{theirs}.attention.self.{x}" for x in ("query", "key", "value"))
+        yield from both(f"{ours}.self_attention.linear_qkv", qkv, grouped(model))
+        yield from both(f"{ours}.self_attention.linear_proj", f"{theirs}.attention.output.dense")
+        yield from both(f"{ours}.pre_cross_attn_layernorm", f"{theirs}.attention.output.LayerNorm")
+        yield from both(f"{ours}.mlp.linear_fc1", f"{theirs}.intermediate.dense")
+        yield from both(f"{ours}.mlp.linear_fc2", f"{theirs}.output.dense")
+        yield from both(f"{ours}.output_norm", f"{theirs}.output.LayerNorm")
+
+
+def _word_rules(model: ModelConfig, transform: str, norm: str, predictions: str) -> Iterator[Rule]:
+    """The head over words. Untied, the library adds the decoder's own bias and keeps an idle one beside it."""
+    yield from both("head.dense", transform)
+    yield from both("head.dense_norm", norm)
+    if model.tie_embeddings:
+        yield Rule("head.output_bias.bias", (f"{predictions}.bias",))
+        return
+    idle = Way(lambda used, idle: used, lambda x: (x, x))
+    yield Rule("head.output_bias.bias", (f"{predictions}.decoder.bias", f"{predictions}.bias"), idle)
+    yield Rule("output.weight", (f"{predictions}.decoder.weight",))
+
+
+def _tied(predictions: str, embeddings: str) -> dict[str, str]:
+    """Second names of tied tensors."""
+    return {
+        rf"^{predictions}\.decoder\.weight$": f"{embeddings}.word_embeddings.weight",
+        rf"^{predictions}\.decoder\.bias$": f"{predictions}.bias",
+    }
+
+
+def _words_and_classifier(objective: Objective) -> tuple[bool, str | None, bool]:
+    """Whether words are predicted, the name of the head with classes, and whether it has any."""
+    head = next((head for head in objective.heads if head.classes is not None), None)
+    words = any(each.classes is None for each in objective.heads)
+    return words, head.name if head else None, bool(head and head.classes)
+
+
+def _bert(model: ModelConfig, objective: Objective) -> Side:
+    words, classifier, classes = _words_and_classifier(objective)
+    rules = [*embedding_rules("bert."), *layer_rules(model, "bert.")]
+    if classifier:
+        rules += both(f"head.classifiers.{classifier}.dense", "bert.pooler.dense")
+    if classes:
+        rules += both(f"head.classifiers.{classifier}.out", "cls.seq_relationship")
+    if words:
+        transform = "cls.predictions.transform"
+        rules += _word_rules(model, f"{transform}.dense", f"{transform}.LayerNorm", "cls.predictions")
+    name = (
+        "ForPreTraining"
+        if words and classes
+        else "ForMaskedLM"
+        if words
+        else "ForNextSentencePrediction"
+        if classes
+        else "Model"
+    )
+    return Side(f"Bert{name}", fields_of(model), rules)
+
+
+FAMILIES.register("bert")(
+    Family(
+        model=shape_of,
+        objective=trained_for({"BertForPreTraining": "bert", "BertForNextSentencePrediction": "nsp"}, "mlm"),
+        takes=lambda m, objective: is_encoder(m, objective) and not {"sop", "rtd"} & {head.name for head in objective.heads},
+        sides=lambda model, objective: {"": _bert(model, objective)},
+        heads=r"cls\.|bert\.pooler\.",
+        rename=lambda model: {
+            r"^(embeddings|encoder|pooler)\.": r"bert.\1.",
+            r"\.gamma$": ".weight",
+            r"\.beta$": ".bias",
+            r"^bert\.embeddings\.position_ids$": "",
+            **(_tied("cls.predictions", "bert.embeddings") if model.tie_embeddings else {}),
+        },
+    )
+)
+
+
+def _albert_model(c: Fields) -> ModelConfig:
+    require(c, inner_group_num=1)
+    if c.get("num_hidden_groups", 1) != c["num_hidden_layers"]:
+        raise ValueError(
+            f"this albert config shares {c.get('num_hidden_groups', 1)} groups of weights among {c['num_hidden_layers']} "
+            "layers: ours have their own"
+        )
+    if c.get("embedding_size", 128) != c["hidden_size"]:
+        raise ValueError(
+            f"this albert config embeds words in {c.get('embedding_size', 128)} dimensions and computes in {c['hidden_size']}: "
+            "a factorised embedding is not ours"
+        )
+    shape = shape_of({"layer_norm_eps": 1e-12, "hidden_act": "gelu_new", **c})
+    return shape.model_copy(update={"dropout": c.get("hidden_dropout_prob", 0.0)})
+
+
+def _eye(x: Tensor) -> Tensor:
+    return torch.eye(len(x), dtype=x.dtype) if x.ndim == 2 else torch.zeros_like(x)
+
+
+def _mapped(word: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The embedding, where the map after it does nothing."""
+    if not (torch.equal(weight, _eye(weight)) and torch.equal(bias, _eye(bias))):
+        raise ValueError(
+            "this albert model maps its embeddings before the first layer (embedding_hidden_mapping_in): ours do not"
+        )
+    return word
+
+
+def _unmapped(word: Tensor) -> tuple[Tensor, ...]:
+    width = word.shape[1]
+    return word, torch.eye(width, dtype=word.dtype), word.new_zeros(width)
+
+
+def _albert_rules(model: ModelConfig) -> Iterator[Rule]:
+    mapping = "albert.encoder.embedding_hidden_mapping_in"
+    words, *others = embedding_rules("albert.")
+    yield words._replace(stored=(*words.stored, f"{mapping}.weight", f"{mapping}.bias"), way=Way(_mapped, _unmapped))
+    yield from others
+    for i in range(model.layers):
+        ours, theirs = f"layers.{i}", f"albert.encoder.albert_layer_groups.{i}.albert_layers.0"
+        qkv = tuple(f"{theirs}.attention.{x}" for x in ("query", "key", "value"))
+        yield from both(f"{ours}.self_attention.linear_qkv", qkv, grouped(model))
+        yield from both(f"{ours}.self_attention.linear_proj", f"{theirs}.attention.dense")
+        yield from both(f"{ours}.pre_cross_attn_layernorm", f"{theirs}.attention.LayerNorm")
+        yield from both(f"{ours}.mlp.linear_fc1", f"{theirs}.ffn")
+        yield from both(f"{ours}.mlp.linear_fc2", f"{theirs}.ffn_output")
+        yield from both(f"{ours}.output_norm", f"{theirs}.full_layer_layer_norm")
+
+
+def _albert(model: ModelConfig, objective: Objective) -> Side:
+    words, classifier, _ = _words_and_classifier(objective)
+    rules = list(_albert_rules(model))
+    if classifier:
+        rules += both(f"head.classifiers.{classifier}.dense", "albert.pooler")
+        rules += both(f"head.classifiers.{classifier}.out", "sop_classifier.classifier")
+    if words:
+        rules += _word_rules(model, "predictions.dense", "predictions.LayerNorm", "predictions")
+    fields = {**fields_of(model), "embedding_size": model.hidden, "num_hidden_groups": model.layers, "inner_group_num": 1}
+    return Side("AlbertForPreTraining" if words and classifier else "AlbertForMaskedLM", fields, rules)
+
+
+FAMILIES.register("albert")(
+    Family(
+        model=_albert_model,
+        objective=trained_for({"AlbertForPreTraining": "albert"}, "mlm"),
+        takes=lambda m, objective: is_encoder(m, objective) and {"mlm", "sop"} == {head.name for head in objective.heads},
+        sides=lambda model, objective: {"": _albert(model, objective)},
+        heads=r"predictions\.|sop_classifier\.|albert\.pooler\.",
+        rename=lambda model: {
+            r"^(embeddings|encoder|pooler)\.": r"albert.\1.",
+            r"^albert\.embeddings\.position_ids$": "",
+            **(_tied("predictions", "albert.embeddings") if model.tie_embeddings else {}),
+        },
+    )
+)

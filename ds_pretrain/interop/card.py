@@ -1,0 +1,71 @@
+"""The card of a model that is handed out: what it was trained for, on what, and how well it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ds_pretrain.config import RunConfig
+from ds_pretrain.interop.rules import Side
+from ds_pretrain.training.checkpoint import Snapshot
+
+TASKS = {"causal": "text-generation", "full": "fill-mask"}
+
+
+def card(output: Path, config: RunConfig, snapshot: Snapshot, sides: Mapping[str, Side], precision: str) -> str:
+    """Markdown with the header that model hubs read."""
+    facts, objective = snapshot.manifest, config.make_objective()
+    task = "sentence-similarity" if any(head.classes == 0 for head in objective.heads) else TASKS[objective.kind]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", f"# {output.name}", ""]
+    lines += [
+        f"Trained with ds_pretrain for `{objective.name}`: {facts.get('objective_fields', 'weights as they were imported')}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _rows(config, facts, sides, precision)),
+    ]
+    if scores := _scores(output / "metrics.jsonl"):
+        lines += [
+            "",
+            "## Last evaluation",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in scores.items()),
+        ]
+    lines += ["", "## How to open it", "", "```python", *_opening(sides), "```", ""]
+    lines += ["## The run", "", "```yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side], precision: str) -> list[tuple[str, Any]]:
+    return [
+        ("architecture", ", ".join(side.architecture for side in sides.values())),
+        ("precision of the file", precision),
+        ("step", f"{facts['step']:,}"),
+        ("tokens read", f"{facts.get('tokens', 0):,}"),
+        ("data", f"{config.data.path}, digest {facts.get('data')}"),
+        ("layout it was trained under", facts.get("layout", "none")),
+        ("began from", config.init or "fresh weights"),
+    ]
+
+
+def _scores(metrics: Path) -> dict[str, Any]:
+    """The last line of an evaluation."""
+    if not metrics.is_file():
+        return {}
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, Any] = next((line for line in reversed(lines) if "split" in line), {})
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+
+
+def _opening(sides: Mapping[str, Side]) -> list[str]:
+    names = [side.architecture for side in sides.values()]
+    return [
+        f"from transformers import {', '.join(names)}",
+        *(f'model = {side.architecture}.from_pretrained("{place or "."}")' for place, side in sides.items()),
+    ]

@@ -1,0 +1,136 @@
+"""`ds-pretrain import` and `ds-pretrain export`: whole folders, with what goes along with weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+
+from ds_pretrain.config import RunConfig, parse_run
+from ds_pretrain.core.files import whole
+from ds_pretrain.core.registry import unknown
+from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
+from ds_pretrain.interop.card import card
+from ds_pretrain.interop.folder import SHARD, appearing
+from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
+from ds_pretrain.interop.transfer import Arrival, hand_out
+from ds_pretrain.training import checkpoint
+from ds_pretrain.training.checkpoint import Snapshot
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def bring_in(
+    folder: Path, output: Path, generator: Path | None = None, objective: str | None = None, pickles: bool = False
+) -> Arrival:
+    """Make `output` the output folder of a run that begins with the weights of `folder`: a checkpoint of step 0, run.yaml, and
+    the tokenizer where there is one. ValueError with everything that is wrong, before anything is written."""
+    arrival = Arrival.of(folder, generator, objective, pickles)
+    tokenizer = _tokenizer(next(iter(arrival.sources)).stored.folder, arrival)
+    with appearing(output) as attempt:
+        arrival.save(attempt, {"objective": arrival.objective.name, "data": None, "cursor": None})
+        if tokenizer:
+            tokenizer.save(attempt / "tokenizer")
+        _write_yaml(attempt / "run.yaml", _run_of(arrival, output, tokenizer is not None))
+    return arrival
+
+
+def _tokenizer(folder: Path, arrival: Arrival) -> TextTokenizer | None:
+    """The folder's tokenizer, whose ids must all have a row."""
+    if not any((folder / name).is_file() for name in ENGINES):
+        return None
+    tokenizer = TextTokenizer.load(folder, stand_in=arrival.objective.kind == "causal")
+    if len(tokenizer) > arrival.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {len(tokenizer)} ids, the embedding {arrival.model.vocab_size} rows: they are of "
+            "two models, or the tokenizer was extended without the embedding"
+        )
+    return tokenizer
+
+
+def _run_of(arrival: Arrival, output: Path, tokenizer: bool) -> dict[str, Any]:
+    """A run file for what came in; its data are yet to be made."""
+    fields = {"name": arrival.objective.name}
+    if arrival.objective.generator:
+        fields["generator_size"] = arrival.objective.generator[1]  # type: ignore[assignment]
+    data = {"path": str(output / "data"), **({"tokenizer": str(output / "tokenizer")} if tokenizer else {})}
+    return {"model": arrival.model.model_dump(mode="json"), "objective": fields, "data": data, "output": str(output)}
+
+
+def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    with whole(path) as file:
+        file.write(yaml.safe_dump(dict(values), sort_keys=False).encode())
+
+
+def told(arrival: Arrival, output: Path) -> Table:
+    """What came in."""
+    model = arrival.model
+    table = Table("", "", title=f"{output}: from {arrival.config['model_type']}", show_header=False, title_justify="left")
+    table.add_row("parameters", f"{model.count_parameters():,}")
+    table.add_row("shape", f"{model.layers} layers, {model.hidden} wide, {model.heads} heads, {model.vocab_size:,} ids")
+    table.add_row("objective", arrival.objective.name)
+    if arrival.fresh:
+        table.add_row("not in the folder, begin anew", "\n".join(arrival.fresh))
+    if arrival.left_out:
+        table.add_row("left out: heads of another objective", "\n".join(arrival.left_out))
+    return table
+
+
+def send_out(output: Path, folder: Path, precision: str = "float32", step: str | None = None, shard: int = SHARD) -> list[Path]:
+    """Write a run's newest sound checkpoint (or the one named `step`) as folders of transformers; returns them.
+
+    ValueError if nothing there computes what the model does, or if `folder` is not empty.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("--dtype", precision, PRECISIONS))
+    config, path = _run(output), output / "checkpoints" / step if step else checkpoint.newest(output / "checkpoints")
+    if path is None:
+        raise ValueError(f"no checkpoint in {output / 'checkpoints'}: train the run first")
+    if step and (found := checkpoint.damages(path)):
+        raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
+    snapshot, objective = Snapshot(path), config.make_objective()
+    tokenizer = _tokenizer_of(config)
+    with appearing(folder) as attempt:
+        extra = special_ids(tokenizer) if tokenizer else {}
+        sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
+        for place in sides:
+            if tokenizer:
+                save_tokenizer(tokenizer, objective, snapshot.manifest["model"]["positions"], attempt / place)
+            if objective.kind == "causal":
+                (attempt / place / "generation_config.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+        if any(head.classes == 0 for head in objective.heads):
+            _sentence_model(attempt)
+        (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
+    return [folder / place for place in sides]
+
+
+def _run(output: Path) -> RunConfig:
+    path = output / "run.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained or imported")
+    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def _tokenizer_of(config: RunConfig) -> TextTokenizer | None:
+    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
+    return TextTokenizer.load(folder) if folder.exists() else None
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
+
+def _sentence_model(folder: Path) -> None:
+    """What sentence-transformers asks for: the state of [CLS] is the embedding."""
+    width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2), encoding="utf-8")
+    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2), encoding="utf-8")

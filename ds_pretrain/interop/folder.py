@@ -1,0 +1,199 @@
+"""Folders as `save_pretrained` writes them: tensors read one at a time, and written one at a time into files of bounded size.
+
+Nothing of the folder is run. Of files only safetensors are read, unless pickles are asked for, which torch then opens with
+`weights_only`. A folder that is written appears whole under its name or not at all, and never over another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_pretrain.core.files import sync
+
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What the format calls them."""
+SHARD = 5_000_000_000
+"""Bytes of a file at most, as `save_pretrained` has it."""
+
+
+class Stored:
+    """A folder's config and tensors. pickles: read pytorch_model.bin where there are no safetensors."""
+
+    def __init__(self, folder: str | Path, pickles: bool = False) -> None:
+        self.folder = Path(folder)
+        config = self.folder / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{config} does not exist: give a folder that save_pretrained() wrote")
+        try:
+            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not JSON: {error}") from None
+        self.pickles = pickles and not self._has(SAFE)
+        if not self._has(PICKLED if self.pickles else SAFE):
+            raise ValueError(self._absent())
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / name).is_file() or (self.folder / f"{name}.index.json").is_file()
+
+    def _absent(self) -> str:
+        if self._has(PICKLED):
+            return (
+                f"{self.folder} has no {SAFE}, only a pickle, which can run code when it is read: save it once more as "
+                "safetensors, or add --allow-pickle if you trust it (torch then reads it with weights_only)"
+            )
+        return f"{self.folder} has no {SAFE}: give a folder that save_pretrained() wrote"
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """Every tensor's name and the file it lies in. ValueError naming what is missing."""
+        name = PICKLED if self.pickles else SAFE
+        index = self.folder / f"{name}.index.json"
+        if not index.is_file():
+            return dict.fromkeys(self._names(self.folder / name), self.folder / name)
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for file in sorted(set(places.values())):
+            listed = [tensor for tensor, place in places.items() if place == file]
+            if not (self.folder / file).is_file():
+                raise ValueError(f"{self.folder / file} is missing, with {len(listed)} of {len(places)} tensors: copy it again")
+            if lost := sorted(set(listed) - set(self._names(self.folder / file))):
+                raise ValueError(f"{self.folder / file} lacks {some(lost)}, which {index.name} says it holds: copy both again")
+        return {tensor: self.folder / file for tensor, file in places.items()}
+
+    def _names(self, path: Path) -> list[str]:
+        with self._open(path) as tensors:
+            return list(tensors.keys())
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        try:
+            if self.pickles:
+                yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with safe_open(path, "pt") as tensors:
+                    yield tensors
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        with self._open(self.files[name]) as tensors:
+            return tensors[name] if self.pickles else tensors.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        with self._open(self.files[name]) as tensors:
+            return tuple(tensors[name].shape if self.pickles else tensors.get_slice(name).get_shape())
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    shape: Sequence[int]
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return int(torch.Size(self.shape).numel()) * dtype.itemsize
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when the block ends. ValueError if something is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: give the name of a folder that is not there yet, or empty it")
+    attempt = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(attempt, ignore_errors=True)
+    attempt.mkdir(parents=True)
+    try:
+        yield attempt
+        if folder.exists():
+            folder.rmdir()
+        attempt.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise
+
+
+def write(
+    folder: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], dtype: torch.dtype, shard: int = SHARD
+) -> list[str]:
+    """Write tensors, which come in the order of their entries, into as many files as they need; returns these files' names.
+
+    One tensor is in memory at a time: a file's header is made of the entries, before any of them is there.
+    """
+    groups = list(_groups(entries, dtype, shard))
+    names = [SAFE] if len(groups) == 1 else [_numbered(i, len(groups)) for i in range(len(groups))]
+    coming = iter(tensors)
+    for name, group in zip(names, groups, strict=True):
+        with (folder / name).open("wb") as file:
+            file.write(_header(group, dtype))
+            for entry in group:
+                tensor = next(coming).to(dtype).contiguous()
+                if tuple(tensor.shape) != tuple(entry.shape):
+                    raise ValueError(f"{entry.name} is {tuple(tensor.shape)} and was announced as {tuple(entry.shape)}")
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        sync(folder / name)
+    if len(groups) > 1:
+        places = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
+        index = {"metadata": {"total_size": sum(entry.bytes(dtype) for entry in entries)}, "weight_map": places}
+        (folder / f"{SAFE}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return names
+
+
+def _numbered(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _groups(entries: Sequence[Entry], dtype: torch.dtype, most: int) -> Iterator[list[Entry]]:
+    """Entries by file."""
+    group: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if group and size + entry.bytes(dtype) > most:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += entry.bytes(dtype)
+    yield group
+
+
+def _header(entries: Sequence[Entry], dtype: torch.dtype) -> bytes:
+    """The beginning of a safetensors file: its own length and, in JSON, where each tensor lies."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        stop = start + entry.bytes(dtype)
+        content[entry.name] = {"dtype": DTYPES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def canonical(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, list[str]]:
+    """Stored names by the name that rules know them by; those that are no parameter are left out."""
+    found: dict[str, list[str]] = {}
+    for stored in names:
+        name = stored
+        for pattern, replacement in rename.items():
+            name = re.sub(pattern, replacement, name)
+        if name:
+            found.setdefault(name, []).append(stored)
+    return found
+
+
+def some(items: Sequence[str], limit: int = 8) -> str:
+    """A few of them, and how many more there are."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

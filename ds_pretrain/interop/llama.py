@@ -1,0 +1,100 @@
+"""LLaMA (Touvron et al. 2023) and what computes the same under its name, grouped-query attention included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ds_pretrain.interop.rules import FAMILIES, STACKED, Family, Fields, Rule, Side, both, grouped, require, trained_for
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import Objective
+
+
+def _model(c: Fields) -> ModelConfig:
+    heads, rope = c["num_attention_heads"], c.get("rope_parameters") or c.get("rope_scaling") or {}
+    bias = c.get("attention_bias", False)
+    require(c, hidden_act="silu", mlp_bias=bias, pretraining_tp=1, partial_rotary_factor=1.0)
+    if c.get("head_dim") is not None:
+        require(c, head_dim=c["hidden_size"] // heads)
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rotary positions of type {scaling!r} are not ours: only 'default', on whole heads ({rope})")
+    return ModelConfig.model_validate(
+        {
+            "layers": c["num_hidden_layers"],
+            "hidden": c["hidden_size"],
+            "heads": heads,
+            "kv_heads": c.get("num_key_value_heads"),
+            "ffn": c["intermediate_size"],
+            "vocab": c["vocab_size"],
+            "positions": c.get("max_position_embeddings"),
+            "norm": "rmsnorm",
+            "norm_eps": c.get("rms_norm_eps", 1e-6),
+            "activation": "swiglu",
+            "position": "rope",
+            "rope_base": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+            "bias": bias,
+            "tie_embeddings": c.get("tie_word_embeddings", False),
+            "attention_dropout": c.get("attention_dropout", 0.0),
+            "init_std": c.get("initializer_range", 0.02),
+        }
+    )
+
+
+def _fields(m: ModelConfig) -> Fields:
+    return {
+        "num_hidden_layers": m.layers,
+        "hidden_size": m.hidden,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.groups,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.ffn_width,
+        "vocab_size": m.vocab,
+        "max_position_embeddings": m.positions,
+        "hidden_act": "silu",
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_base,  # where transformers before 5 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_base},
+        "attention_bias": m.bias,
+        "mlp_bias": m.bias,
+        "attention_dropout": m.attention_dropout or 0.0,
+        "tie_word_embeddings": m.tie_embeddings,
+        "initializer_range": m.init_std,
+    }
+
+
+def _rules(model: ModelConfig) -> Iterator[Rule]:
+    bias = model.bias
+    yield Rule("word.weight", ("model.embed_tokens.weight",))
+    for i in range(model.layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        qkv, fc1 = tuple(f"{attention}.{x}_proj" for x in "qkv"), (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        yield from both(f"{ours}.input_layernorm", f"{theirs}.input_layernorm", bias=False)
+        yield from both(f"{ours}.self_attention.linear_qkv", qkv, grouped(model), bias)
+        yield from both(f"{ours}.self_attention.linear_proj", f"{attention}.o_proj", bias=bias)
+        yield from both(f"{ours}.pre_mlp_layernorm", f"{theirs}.post_attention_layernorm", bias=False)
+        yield from both(f"{ours}.mlp.linear_fc1", fc1, STACKED, bias)
+        yield from both(f"{ours}.mlp.linear_fc2", f"{mlp}.down_proj", bias=bias)
+    yield Rule("head.final_norm.weight", ("model.norm.weight",))
+    if not model.tie_embeddings:
+        yield Rule("output.weight", ("lm_head.weight",))
+
+
+def _takes(m: ModelConfig, objective: Objective) -> bool:
+    shape = (m.norm, m.norm_position, m.activation, m.position, m.head_transform, m.token_types)
+    return shape == ("rmsnorm", "pre", "swiglu", "rope", False, 0) and objective.kind == "causal"
+
+
+FAMILIES.register("llama")(
+    Family(
+        model=_model,
+        objective=trained_for({}, "clm"),
+        takes=_takes,
+        sides=lambda model, objective: {"": Side("LlamaForCausalLM", _fields(model), list(_rules(model)))},
+        rename=lambda model: {
+            r"^(?!model\.|lm_head\.)": "model.",
+            r"^.*rotary_emb\.inv_freq$": "",
+            **({r"^lm_head\.": "model.embed_tokens."} if model.tie_embeddings else {}),
+        },
+    )
+)

@@ -1,0 +1,64 @@
+"""A tokenizer of ours as `transformers` opens it: the same file, and what its classes want to know of special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.objectives import Objective
+
+NAMED = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "eos_token": "<eod>",
+    "bos_token": "<eod>",
+    "cls_token": "<cls>",
+    "sep_token": "<sep>",
+    "mask_token": "<mask>",
+}
+"""Their names and ours. A document of ours begins after the end of another, so that is also what text begins with."""
+
+
+def special_ids(tokenizer: TextTokenizer) -> dict[str, int]:
+    """Fields of config.json and generation_config.json."""
+    ids = tokenizer.specials
+    return {"bos_token_id": ids["<eod>"], "eos_token_id": ids["<eod>"], "pad_token_id": ids["<pad>"]}
+
+
+def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: int | None, folder: Path) -> None:
+    """Write the tokenizer's own file and tokenizer_config.json; for an encoder with [CLS] and [SEP] put around a text."""
+    if tokenizer.file == "tokenizer.model":
+        (folder / tokenizer.file).write_bytes(tokenizer.model)
+        return  # for sentencepiece itself: what transformers makes of such a file is another tokenizer
+    names = {theirs: tokenizer.token(tokenizer.specials[ours]) for theirs, ours in NAMED.items()}
+    content = json.loads(tokenizer.model)
+    if objective.kind == "full":
+        content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)
+    (folder / tokenizer.file).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if positions:
+        config["model_max_length"] = positions
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _around(cls: str, sep: str, tokenizer: TextTokenizer) -> dict[str, object]:
+    """[CLS] A [SEP] and [CLS] A [SEP] B [SEP], as the tokenizers library writes it."""
+
+    def text(which: str, kind: int) -> dict[str, object]:
+        return {"Sequence": {"id": which, "type_id": kind}}
+
+    def special(name: str, kind: int = 0) -> dict[str, object]:
+        return {"SpecialToken": {"id": name, "type_id": kind}}
+
+    ids = {
+        name: {"id": name, "ids": [tokenizer.specials[ours]], "tokens": [name]}
+        for name, ours in ((cls, "<cls>"), (sep, "<sep>"))
+    }
+    first = [special(cls), text("A", 0), special(sep)]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, text("B", 1), special(sep, 1)],
+        "special_tokens": ids,
+    }

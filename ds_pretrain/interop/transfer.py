@@ -1,0 +1,203 @@
+"""Weights in and out: a folder of `transformers` becomes a checkpoint of ours, and a checkpoint such a folder.
+
+A checkpoint knows no layout, so neither do these: what comes in trains on under any, and what was trained under any goes out.
+Both read and write one parameter at a time; neither needs an accelerator, nor more memory than a few of the largest tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_pretrain.evaluation.reference import parameter_shapes
+from ds_pretrain.interop.folder import SHARD, Entry, Stored, canonical, some, write
+from ds_pretrain.interop.rules import FAMILIES, Family, Rule, Side, family_of
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.models.transformer import initial_value
+from ds_pretrain.objectives import Objective
+from ds_pretrain.parallel.shards import Shard
+from ds_pretrain.training import checkpoint
+from ds_pretrain.training.checkpoint import Piece, Snapshot
+
+PIECES = 1 << 26
+"""Bytes of a checkpoint's file, about: bounds the memory that serialising takes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stored model among those that make one of ours: its side, its tensors, and their stored names by canonical name."""
+
+    stored: Stored
+    side: Side
+    names: Mapping[str, Sequence[str]]
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]], heads: str) -> Iterator[str]:
+        """What keeps it from being the model that its config describes. heads: pattern of what a model may do without."""
+        wanted = {name for rule in self.side.rules for name in rule.stored}
+        missing = sorted(name for name in wanted - self.names.keys() if not re.match(heads, name))
+        strange = sorted(name for name in self.names.keys() - wanted if not re.match(heads, name))
+        if missing or strange:
+            parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(strange)}"] * bool(strange)
+            yield f"{self.stored.folder} is no {self.side.architecture}: {'; '.join(parts)}"
+        for rule in self.side.rules:
+            for name, expected in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True):
+                for spelling in self.names.get(name, ()):
+                    if (found := self.stored.shape(spelling)) != expected:
+                        file = self.stored.files[spelling].name
+                        yield f"{spelling} is {found} in {file}, by config.json it should be {expected}"
+
+    def has(self, rule: Rule) -> bool:
+        return all(name in self.names for name in rule.stored)
+
+    def parameter(self, rule: Rule) -> Tensor:
+        """One of our parameters, in the precision it is stored in."""
+        return rule.way.make(*(self._tensor(name) for name in rule.stored))
+
+    def _tensor(self, name: str) -> Tensor:
+        first, *others = self.names[name]
+        found = self.stored.tensor(first)
+        for other in others:
+            if not torch.equal(found, self.stored.tensor(other)):
+                raise ValueError(f"{first} and {other} should be one tensor by the config, but their values differ")
+        return found
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A foreign model, checked and ready to be written. fresh: parameters that it lacks and that begin anew; left_out: stored
+    tensors of heads that the objective does not have."""
+
+    model: ModelConfig
+    objective: Objective
+    sources: Sequence[Source]
+    config: Mapping[str, Any]
+    fresh: Sequence[str] = field(default=())
+    left_out: Sequence[str] = field(default=())
+
+    @staticmethod
+    def of(folder: Path, generator: Path | None = None, objective: str | None = None, pickles: bool = False) -> Arrival:
+        """Read what is there. ValueError with everything that is wrong with it.
+
+        objective: what it is to be trained for, where it is not what its class was trained for. generator: the folder of
+        ELECTRA's; without it both are subfolders.
+        """
+        places = {"": folder}
+        if generator or (folder / "discriminator").is_dir():
+            places = {
+                "discriminator": folder if generator else folder / "discriminator",
+                "generator": generator or folder / "generator",
+            }
+        stored = {name: Stored(place, pickles) for name, place in places.items()}
+        main = next(iter(stored.values())).config
+        family = FAMILIES[str(main.get("model_type"))]
+        try:
+            model = family.model(main)
+            made = family.objective(objective, {name: each.config for name, each in stored.items()})
+        except KeyError as missing:
+            raise ValueError(f"the {main['model_type']} config has no {missing}") from None
+        return _checked(family, model, made, stored, main)
+
+    def parameters(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by logical name, fp32."""
+        shapes = parameter_shapes(self.model, self.objective)
+        for name, shape in shapes.items():
+            if name in self.fresh:
+                yield name, initial_value(name, shape, self.model, seed)
+                continue
+            found = [
+                (source, rule)
+                for source in self.sources
+                for rule in source.side.rules
+                if rule.logical == name and source.has(rule)
+            ]
+            first, *others = (source.parameter(rule) for source, rule in found)
+            if not all(torch.equal(first, other) for other in others):
+                folders = " and ".join(str(source.stored.folder) for source, _ in found)
+                raise ValueError(f"{folders} should share {found[0][1].stored[0]}, but their values differ")
+            yield name, first.float().contiguous()
+
+    def save(self, output: Path, facts: Mapping[str, Any], seed: int = 0) -> Path:
+        """Write `output/checkpoints/step-0` (weights alone), whole or not at all."""
+        final = output / "checkpoints" / "step-0"
+        if final.exists():
+            raise ValueError(f"{final} exists: choose another output, or remove it")
+        attempt = final.with_name("step-0.tmp")
+        shutil.rmtree(attempt, ignore_errors=True)
+        attempt.mkdir(parents=True)
+        whole = (
+            (Piece("master", Shard(name, tuple(x.shape), tuple(x.shape)), 0), x.view(-1)) for name, x in self.parameters(seed)
+        )
+        try:
+            files = [checkpoint.write_file(attempt, *file) for file in checkpoint.packed(0, whole, PIECES)]
+            manifest = {"version": checkpoint.VERSION, "step": 0, "model": self.model.model_dump(), "counters": {}, **facts}
+            checkpoint.commit(attempt, final, {**manifest, "imported": self._told(), "files": files})
+        except BaseException:
+            shutil.rmtree(attempt, ignore_errors=True)
+            raise
+        return final
+
+    def _told(self) -> dict[str, Any]:
+        return {"config": dict(self.config), "fresh": list(self.fresh), "left_out": list(self.left_out)}
+
+
+def _checked(
+    family: Family, model: ModelConfig, objective: Objective, stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> Arrival:
+    shapes, sides = parameter_shapes(model, objective), family.sides(model, objective)
+    if absent := sides.keys() - stored.keys():
+        raise ValueError(f"{objective.name} needs {' and '.join(sorted(absent))} beside it: give both folders")
+    renamed = family.rename(model)
+    sources = [Source(stored[name], side, canonical(stored[name].files, renamed)) for name, side in sides.items()]
+    if wrong := [problem for source in sources for problem in source.problems(shapes, family.heads)]:
+        raise ValueError("; ".join(wrong[:4]) + f" and {len(wrong) - 4} more" * (len(wrong) > 4))
+    rules = [(source, rule) for source in sources for rule in source.side.rules]
+    fresh = [rule.logical for source, rule in rules if not source.has(rule)]
+    used = {name for _, rule in rules for name in rule.stored}
+    left_out = [name for source in sources for name in source.names if name not in used]
+    return Arrival(model, objective, sources, config, fresh, left_out)
+
+
+def stored_shapes(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of the stored tensors that one of our parameters becomes."""
+    return [tuple(part.shape) for part in rule.way.split(torch.empty(shape, device="meta"))]
+
+
+def hand_out(
+    snapshot: Snapshot, objective: Objective, folder: Path, extra: Mapping[str, Any], dtype: torch.dtype, shard: int = SHARD
+) -> dict[str, Side]:
+    """Write config.json and the weights of a checkpoint into an attempt at a folder; returns the models in it, by subfolder.
+
+    extra: further fields of config.json. ValueError if no family computes what the model does.
+    """
+    model = ModelConfig(**snapshot.manifest["model"])
+    name, family = family_of(model, objective)
+    sides = dict(family.sides(model, objective))
+    taken = {rule.logical for side in sides.values() for rule in side.rules}
+    if left := sorted(snapshot.shapes.keys() - taken):
+        raise ValueError(f"{name} has no place for {some(left)}: the run was trained for {objective.name} with another head")
+    for place, side in sides.items():
+        target = folder / place
+        target.mkdir(exist_ok=True)
+        kept = {"model_type": name, "architectures": [side.architecture], "dtype": str(dtype).removeprefix("torch.")}
+        (target / "config.json").write_text(json.dumps({**kept, **side.fields, **extra}, indent=2) + "\n", encoding="utf-8")
+        entries = [
+            Entry(stored, shape)
+            for rule in side.rules
+            for stored, shape in zip(rule.stored, stored_shapes(rule, snapshot.shapes[rule.logical]), strict=True)
+        ]
+        write(
+            target,
+            entries,
+            (part for rule in side.rules for part in rule.way.split(snapshot.whole(rule.logical))),
+            dtype,
+            shard,
+        )
+    return sides
