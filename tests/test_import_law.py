@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "training": {"core", "objectives", "data", "parallel", "models", "evaluation"},
     "evaluation": {"core", "objectives", "data", "parallel", "models", "training"},
     "sweep": {"core", "models", "parallel", "training", "evaluation"},
-}ROOMS = set(MAY_IMPORT)
+}
+ROOMS = set(MAY_IMPORT)
 ONLY_IN = {
     "torch.distributed": {"parallel", "training"},
     "deepspeed": {"training"},
