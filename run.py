@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed"
 RUN = ROOT / "runs" / "quickstart"
-ON_TWO_CORES = ("-n", "2", "--dist", "loadscope")
-"""A file of tests, with what its tests share, is one worker's; more workers would start too many ranks at once."""
+ON_TWO_CORES = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+"""A file of tests, with what its tests share, is one worker's; more workers would start too many ranks at once. They are taken
+in the order of `tests/conftest.py`."""
 
 
 def main():

@@ -575,7 +575,7 @@ def bench_scaling(
         raise ValueError(unknown("--kind", kind, ("strong", "weak")))
     points = efficiency.run(load_run(run, overrides or []), layouts.split(","), kind, steps)  # type: ignore[arg-type]
     if points and save:
-        write_points(points, save)
+        points = write_points(points, save)
     for table in efficiency.tables(points, kind) if points else ():  # type: ignore[arg-type]
         out.print(table)
 

@@ -14,6 +14,22 @@ import torch
 from ds_pretrain.curation.prepare import prepare
 
 torch.set_num_threads(1)
+LONG = (
+    "test_slurm",
+    "test_parity",
+    "test_traffic",
+    "test_memory",
+    "test_resume",
+    "test_mutants",
+    "test_launchers",
+    "test_sick_hosts",
+)
+"""Files that take minutes, begun first so that neither of two workers is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

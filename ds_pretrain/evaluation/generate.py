@@ -1,13 +1,14 @@
 """Text from a causal model, greedy or sampled with temperature, top-k and top-p; and from a masked diffusion model.
 
-A causal model takes one forward pass for each new token, without a key-value cache: right and simple, and slow for long
-texts. A diffusion model starts from masks and uncovers the places it is surest of, several in each pass, block by block
-from left to right (low-confidence remasking: Nie et al. 2025).
+A causal model reads every token once and keeps its keys and values (`models/cache.py`). A diffusion model starts from masks
+and uncovers the places it is surest of, several in each pass, block by block from left to right (low-confidence remasking:
+Nie et al. 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ds_pretrain.training.inference import FrozenModel
 
 def generate(
     model: FrozenModel,
-    prompt: list[int],
+    prompt: Sequence[int],
     eod: int,
     banned: frozenset[int],
     tokens: int = 100,
@@ -27,24 +28,71 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Up to `tokens` new ids after the prompt, until the model ends the document.
+    """Up to `tokens` new ids after one prompt, until the model ends the document; see `continue_all`."""
+    for (token,) in continue_all(model, [prompt], eod, banned, tokens, temperature, top_k, top_p, seed):
+        if token is None:
+            return
+        yield token
 
-    The prompt follows an end-of-document id as documents do in training. banned: ids that are never produced (specials
-    other than `eod`). temperature 0 is greedy. The window slides when it reaches the model's positions.
+
+def continue_all(
+    model: FrozenModel,
+    prompts: Sequence[Sequence[int]],
+    eod: int,
+    banned: frozenset[int],
+    tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """The next id after each prompt, up to `tokens` times: None where the model has ended the document.
+
+    A prompt follows an end-of-document id as documents do in training. banned: ids that are never produced (specials other
+    than `eod`). temperature 0 is greedy. What is drawn for a prompt depends on the seed and its number, not on the others.
+    Texts are read once, with keys and values kept (cache), until one of them is longer than the model's positions: from there
+    on its window slides, and is read anew for each token.
     """
     if model.objective.kind != "causal":
         raise ValueError(f"objective {model.objective.name} does not generate from left to right: use a causal run")
     window = model.build.model.positions or 1 << 30
-    ids = [eod, *prompt]
-    generator = rng.torch_generator("generate", seed)
+    texts: list[list[int]] = [[eod, *prompt] for prompt in prompts]
+    draws = [rng.torch_generator("generate", seed, number) for number in range(len(texts))]
     never = torch.tensor(sorted(banned - {eod}), dtype=torch.long)
-    for _ in range(tokens):
-        logits = model.logits(torch.tensor([ids[-window:]]))[0].float().cpu()
-        logits[never] = -torch.inf
-        ids.append(_draw(logits, temperature, top_k, top_p, generator))
-        if ids[-1] == eod:
-            return
-        yield ids[-1]
+    ended = [False] * len(texts)
+    with contextlib.ExitStack() as stack:
+        read = stack.enter_context(model.reading()) if cache else None
+        for number in range(tokens):
+            if read and max(map(len, texts)) > window:
+                stack.close()
+                read = None
+            logits = _read_on(read, texts, ended, number == 0) if read else _read_all(model, texts, ended, window)
+            logits[:, never] = -torch.inf
+            for row in (row for row, over in enumerate(ended) if not over):
+                texts[row].append(_draw(logits[row], temperature, top_k, top_p, draws[row]))
+                ended[row] = texts[row][-1] == eod
+            if all(ended):
+                return
+            yield [None if over else text[-1] for text, over in zip(texts, ended, strict=True)]
+
+
+def _read_on(read: Callable[[Tensor, Tensor], Tensor], texts: list[list[int]], ended: list[bool], first: bool) -> Tensor:
+    """Logits [B, V] after what is new: at first whole texts, filled up at the left; then the last id of each."""
+    if not first:
+        return read(torch.tensor([text[-1:] for text in texts]), ~torch.tensor(ended)[:, None]).float().cpu()
+    longest = max(map(len, texts))
+    padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+    real = torch.arange(longest) >= torch.tensor([[longest - len(text)] for text in texts])
+    return read(padded, real).float().cpu()
+
+
+def _read_all(model: FrozenModel, texts: list[list[int]], ended: list[bool], window: int) -> Tensor:
+    """The same from the whole window of each text that goes on."""
+    rows = [model.logits(torch.tensor([text[-window:]])) for text, over in zip(texts, ended, strict=True) if not over]
+    found = torch.zeros(len(texts), rows[0].shape[-1])
+    found[~torch.tensor(ended)] = torch.cat(rows).float().cpu()
+    return found
 
 
 def unmask(

@@ -61,12 +61,13 @@ def calibrated(points: Sequence[Point]) -> float:
     return computing / max(least.seconds - waiting, 1e-9)
 
 
-def save(points: Sequence[Point], path: Path) -> None:
-    """Write points, in place of those of the same world and layout that the file has."""
+def save(points: Sequence[Point], path: Path) -> list[Point]:
+    """Write points, in place of those of the same world and layout that the file has; returns all that it has then."""
     kept = {(point.layout, point.world): point for point in [*(read(path) if path.exists() else []), *points]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(json.dumps([_as_json(point) for point in kept.values()], indent=1).encode())
+    return list(kept.values())
 
 
 def _as_json(point: Point) -> dict[str, object]:

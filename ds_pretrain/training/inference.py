@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch
+from ds_pretrain.models.cache import remembering
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import Network, initialise
 from ds_pretrain.objectives.base import Objective
@@ -63,6 +65,27 @@ class FrozenModel(Model):
         """Logits [n, V] at the chosen positions (bool [B, S]) of rows of ids that are one document each."""
         chosen = chosen.to(self.mesh.device)
         return self.network(self._batch(tokens, torch.ones_like(tokens)), lambda answers, _: answers.logits(chosen))
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Inside, what it yields reads on: ids [B, n] and where they are text (bool [B, n]; the rest is padding) to the
+        next-token logits [B, V] after the last of them, each id read once."""
+        count: Tensor | int = 0
+
+        @torch.no_grad()
+        def read(tokens: Tensor, real: Tensor) -> Tensor:
+            nonlocal count
+            position = (count + real.cumsum(1) - 1).clamp(min=0)
+            count = count + real.sum(1, keepdim=True)
+            batch = Batch(tokens, position, AttentionPattern.causal(real.long()), {})
+            last = torch.zeros_like(real)
+            last[:, -1] = True
+            return self.network(
+                to_device(batch, self.mesh.device), lambda answers, _: answers.logits(last.to(self.mesh.device))
+            )
+
+        with remembering(self.network):
+            yield read
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """One vector [H] for each sequence of ids, [n, H] fp32 on the CPU: the state of its first position, where the

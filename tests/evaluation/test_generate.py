@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ds_pretrain.data.dataset import PretrainingDataset
-from ds_pretrain.evaluation.generate import generate, unmask
+from ds_pretrain.evaluation.generate import continue_all, generate, unmask
 from ds_pretrain.evaluation.perplexity import evaluate, evaluate_perplexity
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
+from ds_pretrain.training.engine import build_for
 from ds_pretrain.training.inference import FrozenModel
 from ds_pretrain.training.optimizer import OptimizerConfig
 from ds_pretrain.training.trainer import PreTrainer
@@ -66,6 +67,56 @@ def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained)
     )
     assert once == twice != other
     assert not set(once) & vocab.specials
+
+
+PROMPTS = ("The import", "", "A class is a template for making objects, and", "for x in")
+
+
+def texts_of(output, data, tensor, temperature, cache):
+    """What comes of all prompts at once, step by step."""
+    dataset = PretrainingDataset(data, seq_len=64, objective="clm")
+    model, vocab = FrozenModel(output, create("clm"), ParallelPlan(tensor=tensor)), dataset.vocab
+    prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
+    return list(continue_all(model, prompts, vocab.eod, vocab.specials, 90, temperature, seed=3, cache=cache))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_cache_changes_no_token(trained, data, temperature):
+    """Ninety tokens: past the 64 positions of the model the window slides."""
+    *_, output = trained
+    plain = texts_of(output, data, 1, temperature, False)
+    assert texts_of(output, data, 1, temperature, True) == plain and len(plain) > 64
+    assert spawn(2, texts_of, output, data, 2, temperature, True) == plain
+
+
+def test_a_prompt_is_continued_the_same_in_any_company(trained, data):
+    _, dataset, output = trained
+    model, vocab = FrozenModel(output, create("clm")), dataset.vocab
+    prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
+    together = list(continue_all(model, prompts, vocab.eod, vocab.specials, 40, temperature=0))
+    for number, prompt in enumerate(prompts):
+        alone = list(generate(model, prompt, vocab.eod, vocab.specials, 40, temperature=0))
+        assert alone == [step[number] for step in together if step[number] is not None]
+
+
+@pytest.mark.parametrize("style", [{"preset": "llama-1m", "kv_heads": 2}, {"preset": "gpt2-small", "hidden": 64, "heads": 4}])
+def test_reading_on_gives_the_logits_of_reading_all(mesh, style):
+    model = untrained(mesh, ModelConfig(**style, layers=3, vocab=101, positions=32))
+    tokens = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(2))
+    real = torch.arange(20) >= torch.tensor([[0], [7], [11]])
+    with model.reading() as read:
+        found = [read(tokens[:, :13], real[:, :13]), *(read(tokens[:, i : i + 1], real[:, i : i + 1]) for i in range(13, 20))]
+    for step, got in enumerate(found, start=13):
+        for row, start in enumerate((0, 7, 11)):
+            torch.testing.assert_close(got[row], model.logits(tokens[row : row + 1, start:step])[0], rtol=0, atol=2e-5)
+
+
+def untrained(mesh, shape):
+    """A frozen model with initial weights, wide enough to tell places apart."""
+    model = FrozenModel.__new__(FrozenModel)
+    objective = create("clm")
+    model.build, model.objective = build_for(objective, shape.model_copy(update={"init_std": 0.2}), mesh, 32), objective
+    return model.untrained()
 
 
 def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):
