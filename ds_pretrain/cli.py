@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
+from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
 from ds_pretrain.core.files import BusyError
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
@@ -116,11 +117,16 @@ def restart(
     """For batch scripts: end with 0 if a job that failed is worth another start, else say why not and end with 1."""
     import os
 
+    from ds_pretrain.sweep.cells import note
     from ds_pretrain.training.restarts import why_not
 
-    output = _output_of([word for word in command if not word.startswith("-")])
-    most = int(os.environ.get("DS_PRETRAIN_RESTARTS", 10))
-    if reason := why_not(output, code, int(os.environ.get("SLURM_RESTART_COUNT", 0)), most):
+    words = [word for word in command if not word.startswith("-")]
+    output, most = _output_of(words), os.environ.get("DS_PRETRAIN_RESTARTS", "10")
+    if not most.isdigit():
+        raise ValueError(f"DS_PRETRAIN_RESTARTS is {most!r}: give the number of failures that are got over")
+    if reason := why_not(output, code, int(most)):
+        if words[:2] == ["sweep", "cell"] and code != BUSY:
+            note(read_sweep(words[2]).find(words[3]), "failed", reason)
         err.print(f"{output} is not started again: {escape(reason)}", soft_wrap=True)
         raise typer.Exit(1)
 
@@ -346,10 +352,10 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
     measured: Annotated[Path | None, typer.Option(help="Points of `bench scaling --out`: steps are timed from them.")] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0, help="TFLOP/s of a rank in matrix products alone, in place of the measured.")
+        float | None, typer.Option(min=1e-9, help="TFLOP/s of a rank in matrix products alone, in place of the measured.")
     ] = None,
     gb_per_second: Annotated[
-        float | None, typer.Option(min=0, help="GB/s that a rank sends in an all-reduce, in place of the measured.")
+        float | None, typer.Option(min=1e-9, help="GB/s that a rank sends in an all-reduce, in place of the measured.")
     ] = None,
     latency_us: Annotated[
         float | None, typer.Option(min=0, help="Microseconds of an all-reduce of one number, in place of the measured.")
@@ -364,11 +370,12 @@ def plan(
     from ds_pretrain.planning.tables import tables
 
     config = load_run(run, overrides or [])
-    refuse(run, config.check(world))
     size = tokenizer_size(config)
+    refuse(run, config.check(world, size, here=False))
     if size is None and config.model.vocab is None:
         size = ASSUMED_VOCABULARY
-        out.print(f"{config.data.path} holds no tokenizer yet: a vocabulary of {size:,} is assumed (or give model.vocab)")
+        where = config.data.tokenizer or config.data.path
+        out.print(f"{where} holds no tokenizer yet: a vocabulary of {size:,} is assumed (or give model.vocab)")
     given = {"products": (tflops, 1e12), "link": (gb_per_second, 1e9), "latency": (latency_us, 1e-6)}
     speeds = {name: value * unit for name, (value, unit) in given.items() if value is not None}
     cluster = Cluster.of(read(measured) if measured else [], speeds) if measured or speeds else None
@@ -694,8 +701,7 @@ def _speaks() -> bool:
 
 
 def main() -> None:
-    """Run a command. Exit codes: 2 a mistake of the user's, 3 divergence, 75 an output that another process holds, 76 a rank
-    that hung, 128 + the number of a signal."""
+    """Run a command; what it ends with is in `core/exits.py`."""
     from ds_pretrain.training.signals import InterruptedRun
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
@@ -705,7 +711,10 @@ def main() -> None:
     except (ValueError, ArithmeticError, OSError, InterruptedRun) as error:
         if "--debug" in sys.argv:
             raise
-        code: dict[type[Exception], int] = {BusyError: 75, ValueError: 2, OSError: 2, ArithmeticError: 3}
+        asked = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        code: dict[type[Exception] | tuple[type[Exception], ...], int] = {
+            BusyError: BUSY, ValueError: MISTAKE, asked: MISTAKE, OSError: FAILED, ArithmeticError: DIVERGED,
+        }  # fmt: skip
         if _speaks() or not isinstance(error, (ConfigError, InterruptedRun)):  # which are the same on a node's ranks
             kind = "" if getattr(error, "exit_code", 1) == 0 else "[bold red]error[/bold red] "
             err.print(f"{kind}{escape(str(error))}", soft_wrap=True)

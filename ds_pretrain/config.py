@@ -149,13 +149,14 @@ class RunConfig(_Section):
     def make_objective(self) -> Objective:
         return create(**self.objective)
 
-    def check(self, world: int, vocab_size: int | None = None) -> list[str]:
-        """Every contradiction between the fields for a job of `world` ranks, with numbers and fixes."""
+    def check(self, world: int, vocab_size: int | None = None, here: bool = True) -> list[str]:
+        """Every contradiction between the fields for a job of `world` ranks, on this machine or on some, with numbers and
+        fixes."""
         return [
             *self.model.problems(),
             *self._check_objective(),
             *self._check_layout(world),
-            *self._check_engine(),
+            *self._check_engine(here),
             *self._check_sizes(vocab_size),
         ]
 
@@ -198,13 +199,13 @@ class RunConfig(_Section):
                 f"{b.micro_size or 1} = {unit}: use {max(1, round(b.global_size / unit)) * unit}"
             )
 
-    def _check_engine(self) -> Iterator[str]:
+    def _check_engine(self, here: bool) -> Iterator[str]:
         try:
             config = self.deepspeed_json()
         except ValueError as error:
             yield str(error)
             return
-        yield from deepspeed_json.problems(config, self.parallel.pipeline)
+        yield from deepspeed_json.problems(config, self.parallel.pipeline, here)
 
     def _check_sizes(self, vocab_size: int | None) -> Iterator[str]:
         o, steps = self.optimizer, self.train.max_steps

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from rich.table import Table
 
 from ds_pretrain.config import ConfigError, RunConfig
@@ -24,6 +25,7 @@ from ds_pretrain.parallel.wire import counts, since
 from ds_pretrain.planning.points import Point, calibrated, costs_on
 from ds_pretrain.planning.traffic import predicted
 from ds_pretrain.runs import make_trainer, problems, training_data
+from ds_pretrain.training.deepspeed_json import half
 from ds_pretrain.training.memory import held, watched
 
 Kind = Literal["strong", "weak"]
@@ -57,12 +59,17 @@ def run(config: RunConfig, layouts: Sequence[str], kind: Kind, steps: int) -> li
     if wrong := [f"{layout}: {each}" for layout, run, world in chosen for each in problems(run, world)]:
         raise ConfigError("bench scaling", wrong)
     if here > 1:
-        found = [measure(layout, run, steps) for layout, run, world in chosen if world == here]
+        if here not in {world for *_, world in chosen}:
+            needs = ", ".join(f"{layout} {world}" for layout, _, world in chosen)
+            raise ConfigError(
+                "bench scaling", [f"no layout is of the {here} ranks of this job ({needs}): add one to --layouts"]
+            )
+        found = [measure(layout, run, steps, kind) for layout, run, world in chosen if world == here]
         return found if place().rank == 0 else []
-    return [spawn(world, measure, layout, run, steps) for layout, run, world in chosen]
+    return [spawn(world, measure, layout, run, steps, kind) for layout, run, world in chosen]
 
 
-def measure(layout: str, config: RunConfig, steps: int) -> Point:
+def measure(layout: str, config: RunConfig, steps: int, kind: Kind) -> Point:
     """One point (collective)."""
     here = device(start().local_rank)
     others = held(here)
@@ -77,14 +84,18 @@ def measure(layout: str, config: RunConfig, steps: int) -> Point:
         trainer.max_steps += 1
         trainer.train()
     mesh, rows = trainer.mesh, config.batch.micro_batches(trainer.mesh.data_size)[0] * config.batch.seq_len
-    found = pace(rows, trainer.shape.hidden, trainer.shape.ffn_width // mesh.plan.tensor, mesh)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(half(trainer.deepspeed) or "", torch.float32)
+    found = pace(rows, trainer.shape.hidden, trainer.shape.ffn_width // mesh.plan.tensor, mesh, dtype)
     every_seconds, every_sent, every_peak = zip(*mesh.gather((seconds, sent, fullest.bytes - others)), strict=True)
-    return Point(layout, config, trainer.shape, mesh.world, here.type, max(every_seconds), every_sent, max(every_peak), found)
+    return Point(
+        kind, layout, config, trainer.shape, mesh.world, here.type, max(every_seconds), every_sent, max(every_peak), found
+    )
 
 
 def tables(points: Sequence[Point], kind: Kind) -> list[Table]:
-    """Points beside their predictions."""
-    return [_speeds(points, kind), _sizes(points)]
+    """Points of a kind of scaling beside their predictions."""
+    chosen = [point for point in points if point.kind == kind]
+    return [_speeds(chosen, kind), _sizes(chosen)]
 
 
 def _speeds(points: Sequence[Point], kind: Kind) -> Table:
@@ -106,9 +117,9 @@ def _sizes(points: Sequence[Point]) -> Table:
     for point in points:
         traffic = predicted(point.config, point.model, point.world)
         least = max(sum(traffic.minimum(stage).values()) for stage in range(len(traffic.stages)))
-        sent = (max(point.sent), max(traffic.sent(costs_on(point.device))), least)
-        peak = (point.peak, point.expected_peak().total)
-        shown.add_row(
-            point.layout, str(point.world), *(f"{size / 1e6:,.3f}" for size in sent), *(f"{size / 1e6:,.1f}" for size in peak)
-        )
+        counted = [max(point.sent)] if point.device == "cpu" else []  # NCCL sends over connections that are not counted
+        sent = [*counted, max(traffic.sent(costs_on(point.device))), least]
+        figures = ["-"] * (not counted) + [f"{size / 1e6:,.3f}" for size in sent]
+        peak = (f"{size / 1e6:,.1f}" for size in (point.peak, point.expected_peak().total))
+        shown.add_row(point.layout, str(point.world), *figures, *peak)
     return shown

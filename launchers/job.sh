@@ -5,22 +5,24 @@
 arguments=("$@") # of the batch script
 
 run_job() {
-  local again="" cancelled="" code=0 logs=()
+  local again="" cancelled="" code=0 logs=() pid
   if [[ -n "${DS_PRETRAIN_LOGS:-}" ]]; then
     mkdir -p "$DS_PRETRAIN_LOGS"
     logs=(--output "$DS_PRETRAIN_LOGS/%x-%j-task%t.out" --open-mode append)
   fi
-  trap 'again=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 # reaches the tasks, not this shell
+  trap 'again=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 # reaches the tasks, not this shell
   trap 'cancelled=yes' TERM
   srun --kill-on-bad-exit=1 --wait=60 "${logs[@]}" "$@" &
-  while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait` early
-    wait $! && code=0 || code=$?
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    wait "$pid" || true # which a trapped signal ends early
   done
+  wait "$pid" || code=$?
   if [[ -n "$cancelled" ]]; then
     exit 143
   fi
-  if [[ -n "$again" ]] || { ((code)) && python -m ds_pretrain restart "$code" "${arguments[@]}"; }; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if [[ -n "$again" ]] || { ((code)) && ${DS_PRETRAIN_EXEC:-} python -m ds_pretrain restart "$code" "${arguments[@]}"; }; then
+    [[ -n "$cancelled" ]] || scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
 }

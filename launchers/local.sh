@@ -7,8 +7,8 @@ if [[ "${1:-}" == "-n" ]]; then
   n=${2:?how many processes?}
   shift 2
 fi
+source "$(dirname "$0")/env.sh"
 if [[ -z "$n" ]]; then
-  n=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+  n=$(python -c 'import torch; print(torch.cuda.device_count())')
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec torchrun --standalone --nproc_per_node "$((n > 0 ? n : 1))" -m ds_pretrain "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import platform
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger(__name__)
 
 
 def beside(path: Path) -> Path:
@@ -57,7 +60,10 @@ def hold(path: Path) -> IO[str] | None:
             if last:
                 raise BusyError(f"{path.parent} is in use by {path.read_text(encoding='utf-8').strip()}") from error
             time.sleep(0.2)  # `held` may have been looking
-        except OSError:
+        except OSError as error:
+            log.warning(
+                "%s cannot be locked (%s): nothing keeps two jobs from training into %s at once", path, error, path.parent
+            )
             return None
     file.truncate(0)
     job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
@@ -67,12 +73,16 @@ def hold(path: Path) -> IO[str] | None:
 
 
 def held(path: Path) -> bool:
-    """Whether another process holds a file."""
+    """Whether another process holds a file. Not for a file that this one holds: looking would let it go."""
     try:
-        with path.open("r+", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
+        file = path.open("r", encoding="utf-8")
     except OSError:
         return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return False
     return False

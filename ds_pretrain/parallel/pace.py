@@ -27,9 +27,10 @@ class Pace(NamedTuple):
     """Seconds of an all-reduce of one number."""
 
 
-def pace(rows: int, width: int, out: int, mesh: Mesh) -> Pace:
-    """Measure products of [rows, width] by [width, out] and all-reduces over all ranks (collective; the same on every rank)."""
-    a, b = torch.randn(rows, width, device=mesh.device), torch.randn(width, out, device=mesh.device)
+def pace(rows: int, width: int, out: int, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Pace:
+    """Measure products of [rows, width] by [width, out] in a precision, and all-reduces over all ranks (collective; the same on
+    every rank)."""
+    a, b = (torch.randn(shape, device=mesh.device).to(dtype) for shape in ((rows, width), (width, out)))
     product = max(mesh.gather(min(_took(lambda: a @ b, mesh) for _ in range(4 * ROUNDS))))
     products = 2 * rows * width * out / product
     if mesh.world == 1:

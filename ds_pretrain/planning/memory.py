@@ -28,7 +28,7 @@ from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.plan import ParallelPlan, stage_of_layer
 from ds_pretrain.planning.held import is_tied, parameters, predicts_words
-from ds_pretrain.training.deepspeed_json import half, offloads, stage_of
+from ds_pretrain.training.deepspeed_json import asks_offload, half, stage_of
 
 if TYPE_CHECKING:
     from ds_pretrain.data.dataset import Samples
@@ -289,7 +289,7 @@ def _piped(r: Rank) -> float:
 
 def _divided(r: Rank) -> Parts:
     """The optimizer's state, which an offloading run has on the CPU of a GPU machine."""
-    away = r.cuda and offloads(r.deepspeed)
+    away = r.cuda and asks_offload(r.deepspeed)
     return {} if away else {MASTER: 4.0 * sum(r.parts), ADAM: 8.0 * sum(r.parts)}
 
 

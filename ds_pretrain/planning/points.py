@@ -24,12 +24,13 @@ def costs_on(device: str) -> Mapping[str, Cost]:
 
 @dataclass(frozen=True)
 class Point:
-    """One run on one world size and layout, measured by `bench scaling`.
+    """One run on one world size and layout, measured by `bench scaling`: of strong or of weak scaling.
 
     seconds: of a step. sent: payload bytes of each rank in a step. peak: bytes of tensors at the fullest moment, on the rank
     that held most.
     """
 
+    kind: str
     layout: str
     config: RunConfig
     model: ModelConfig
@@ -54,16 +55,24 @@ class Point:
 
 def calibrated(points: Sequence[Point]) -> float:
     """The share of the products' speed that the smallest world reached beside its sending."""
-    least = min(points, key=lambda point: (point.world, point.config.parallel.pipeline))
+    least = min(points, key=_least)
     at_full = step_seconds(least.config, least.model, least.world, least.pace, 1.0, costs_on(least.device))
     waiting = at_full["sending"] + at_full["latency"]
-    computing = sum(at_full.values()) - waiting
-    return computing / max(least.seconds - waiting, 1e-9)
+    if waiting >= least.seconds:
+        raise ValueError(
+            f"{least.layout} on {least.world} ranks took {least.seconds:.3f} s a step, and its sending alone should take "
+            f"{waiting:.3f}: measure a layout that sends less, best of all 1"
+        )
+    return (sum(at_full.values()) - waiting) / (least.seconds - waiting)
+
+
+def _least(point: Point) -> tuple[int, int]:
+    return point.world, point.config.parallel.pipeline
 
 
 def save(points: Sequence[Point], path: Path) -> list[Point]:
-    """Write points, in place of those of the same world and layout that the file has; returns all that it has then."""
-    kept = {(point.layout, point.world): point for point in [*(read(path) if path.exists() else []), *points]}
+    """Write points, in place of those of the same kind, world and layout that the file has; returns all that it has then."""
+    kept = {(point.kind, point.layout, point.world): point for point in [*(read(path) if path.exists() else []), *points]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(json.dumps([_as_json(point) for point in kept.values()], indent=1).encode())
@@ -71,7 +80,7 @@ def save(points: Sequence[Point], path: Path) -> list[Point]:
 
 
 def _as_json(point: Point) -> dict[str, object]:
-    plain = {name: getattr(point, name) for name in ("layout", "world", "device", "seconds", "sent", "peak")}
+    plain = {name: getattr(point, name) for name in ("kind", "layout", "world", "device", "seconds", "sent", "peak")}
     config, model = point.config.model_dump(mode="json", exclude={"output"}), point.model.model_dump(mode="json")
     return {**plain, "pace": point.pace._asdict(), "config": config, "model": model}
 
@@ -114,7 +123,8 @@ class Cluster:
         """What points tell, those of most ranks above all, with the speeds that are given in place of theirs (fields of
         `Pace`). ValueError naming the speeds that nothing tells."""
         told = max(points, key=lambda point: point.world).pace._asdict() if points else {}
-        known = {**told, **speeds}
+        alone = {"link", "latency"} if all(point.world == 1 for point in points) else set()  # of one rank they say nothing
+        known = {**{name: speed for name, speed in told.items() if name not in alone}, **speeds}
         if missing := [name for name in Pace._fields if name not in known]:
             raise ValueError(
                 f"nothing tells the speed of {' and '.join(missing)}: give the points that `ds-pretrain bench scaling --out "
@@ -123,5 +133,10 @@ class Cluster:
         if not points:
             return Cluster(Pace(**known))
         share = calibrated(points)
-        errors = {f"{point.layout} on {point.world}": point.expected_seconds(share) / point.seconds - 1 for point in points}
+        first = min(points, key=_least)
+        errors = {
+            f"{point.layout} on {point.world}": point.expected_seconds(share) / point.seconds - 1
+            for point in points
+            if point is not first
+        }
         return Cluster(Pace(**known), points[0].device, share, errors)

@@ -24,7 +24,7 @@ def step_flops(config: RunConfig, model: ModelConfig) -> float:
     objective, rows, length = config.make_objective(), config.batch.global_size, config.batch.seq_len
     pairs = rows * length * (length + 1) / 2 if objective.kind == "causal" else rows * length**2
     rates = [objective.expected.get(f"{head.name}/rate", 1.0) for head in objective.heads if head.classes is None]
-    scored = round(rows * length * sum(rates))
+    scored = round(rows * length * min(1.0, sum(rates)))
     if objective.generator is None:
         return model.flops(pairs, rows * length, scored)
     small = model.narrower(objective.generator[1])

@@ -81,8 +81,8 @@ def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
     )
     if gpu.parts.get(BUCKETS) and rank.bucket > rank.elements:
         table.caption += (
-            f" The reduce bucket is larger than what it is for: zero_optimization.reduce_bucket_size {rank.elements:,} in the "
-            f"DeepSpeed JSON would do instead of {rank.bucket:,}."
+            f" The reduce bucket is larger than what it is for: zero_optimization.reduce_bucket_size {rank.elements} in the "
+            f"DeepSpeed JSON would do instead of {rank.bucket}."
         )
     return table
 

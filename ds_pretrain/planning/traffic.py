@@ -393,6 +393,7 @@ def tables(traffic: Traffic) -> list[Table]:
     for use in columns[0]:
         table.add_row(use, *_figures(column[use] for column in columns))
     table.add_row("sum", *_figures(sum(column.values()) for column in columns), style="bold")
+    table.caption = "gloo within 1% of what the kernel counts; NCCL as rings send, never measured; minimum: of the layout"
     stages = _table("pipeline stage", "MB that a rank sends in a step, by stage")
     for stage, (ring, gloo) in enumerate(zip(totals, traffic.sent(GLOO), strict=True)):
         stages.add_row(str(stage), *_figures((ring, gloo, sum(traffic.minimum(stage).values()))))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ds_pretrain.core.differing import differing
+from ds_pretrain.core.exits import BUSY
 from ds_pretrain.core.files import BusyError, held, whole
 from ds_pretrain.sweep.spec import Cell, Spec
 
@@ -31,8 +32,6 @@ POLL = 0.5
 TAIL = 1 << 14
 """Bytes at the end of a file of metrics in which its last line lies."""
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "sweep.sbatch"
-BUSY = 75
-"""Exit code of a run whose output another process holds."""
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT, BUSY}
 """Exit codes of cells that are no failures."""
 
@@ -74,13 +73,14 @@ def _settings(cell: Cell) -> dict[str, Any]:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last line of a run's metrics; empty before the first."""
+    """The last step in a run's metrics; empty before the first."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         for text in reversed(file.read().splitlines()):
             with contextlib.suppress(ValueError):
                 line: dict[str, Any] = json.loads(text)
-                return line
+                if "split" not in line:  # of an evaluation
+                    return line
     return {}
 
 
@@ -109,7 +109,7 @@ def train(cell: Cell) -> str:
     except (InterruptedRun, BusyError):
         raise
     except Exception as error:
-        if first:
+        if first and not held(cell.folder / "lock"):
             note(cell, "failed", str(error) or type(error).__name__)
         raise
     if first:
@@ -128,14 +128,15 @@ def run(spec: str, cells: Iterable[Cell], at_once: int, show: Callable[[], None]
 
     A signal stops the cells that run, each with a checkpoint.
     """
-    waiting, running = deque(cells), dict[int, tuple[Cell, subprocess.Popen[bytes]]]()
+    waiting, running = deque((cell, state(cell).status) for cell in cells), dict[int, tuple[Cell, subprocess.Popen[bytes]]]()
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             for slot in range(at_once):
-                if slot not in running and waiting:
-                    cell = waiting.popleft()
-                    running[slot] = cell, _start(spec, cell, slot, at_once)
+                while slot not in running and waiting:
+                    cell, was = waiting.popleft()
+                    if state(cell).status in (was, "waiting", "stopped"):  # else another sweep has had it meanwhile
+                        running[slot] = cell, _start(spec, cell, slot, at_once)
             time.sleep(POLL)
             for slot, (cell, process) in list(running.items()):
                 if process.poll() is not None:
@@ -156,6 +157,7 @@ def _start(spec: str, cell: Cell, slot: int, at_once: int) -> subprocess.Popen[b
     if cell.ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.ranks}", *command]
     cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "cell.json").unlink(missing_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *command],
@@ -172,15 +174,17 @@ def _share(ranks: int, slot: int, at_once: int) -> dict[str, str]:
     import torch
 
     if devices := torch.cuda.device_count():
-        mine = [(slot * ranks + rank) % devices for rank in range(ranks)]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, dict.fromkeys(mine)))}
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = names if len(names) == devices else list(map(str, range(devices)))
+        mine = [names[(slot * ranks + rank) % devices] for rank in range(ranks)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))}
     threads = max(1, len(os.sched_getaffinity(0)) // (at_once * ranks))
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
 def _settle(cell: Cell, code: int) -> None:
     """Note the end of a process that could not do so itself."""
-    if code and code not in STOPPED and not (cell.folder / "cell.json").exists():
+    if code and code not in STOPPED and not (cell.folder / "cell.json").exists() and not held(cell.folder / "lock"):
         how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
         note(cell, "failed", f"{how} after step {state(cell).step}: {_last_words(cell)}")
 
@@ -195,6 +199,10 @@ def submit(path: Path, spec: Spec, cells: Sequence[Cell], at_once: int, options:
 
     The tasks read a copy of the sweep file, so that an edit of it changes no cell that waits.
     """
+    if not Path("launchers/env.sh").is_file():
+        raise ValueError(
+            f"the tasks of an array start in this folder, which has no launchers: submit from {LAUNCHER.parents[1]}"
+        )
     text = path.read_bytes()
     kept = spec.folder / f"sweep-{hashlib.sha256(text).hexdigest()[:8]}.yaml"
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)

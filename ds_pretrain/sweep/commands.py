@@ -114,6 +114,9 @@ def _report(plan: spec.Spec, sweep: str) -> bool:
     for line in failed:
         out.print(f"[bold red]failed[/bold red] {escape(line)}", soft_wrap=True)
     left = sum(at.status in ("waiting", "stopped") for at in found.values())
+    if any(at.status == "running" for at in found.values()) and not left:
+        out.print(f"next: ds-pretrain sweep status {sweep}")
+        return bool(failed)
     ways = [f"ds-pretrain sweep run {sweep}{' --again' * bool(failed and not left)}"] * bool(left or failed)
     out.print(f"next: {(ways or [f'ds-pretrain sweep collect {sweep}'])[0]}")
     return bool(failed)

@@ -41,14 +41,20 @@ def half(config: Mapping[str, Any]) -> str | None:
     return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), None)
 
 
-def offloads(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states live on the CPU of a GPU machine."""
+def asks_offload(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are to live on the CPU of a GPU machine."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return device != "none" and _cuda()
+    return bool(device != "none")
 
 
-def problems(config: Mapping[str, Any], pipeline: int) -> Iterator[str]:
-    """What of these settings does not run, or not rightly, with so many pipeline stages; each with its fix."""
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether they do so on this machine."""
+    return asks_offload(config) and _cuda()
+
+
+def problems(config: Mapping[str, Any], pipeline: int, here: bool = True) -> Iterator[str]:
+    """What of these settings does not run, or not rightly, with so many pipeline stages; each with its fix. here: on this
+    machine, or else on some machine."""
     if shapeless := [*_shapeless(config)]:
         yield from shapeless
         return
@@ -56,6 +62,8 @@ def problems(config: Mapping[str, Any], pipeline: int) -> Iterator[str]:
         if config.get(key, "auto") != "auto":
             yield f'the DeepSpeed JSON sets {key} to {config[key]!r}, which belongs to the run: set it to "auto"'
     yield from _unsound(config, pipeline)
+    if half(config) == "fp16" and here and not _cuda():
+        yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
 
 
 def _shapeless(config: Mapping[str, Any]) -> Iterator[str]:
@@ -86,8 +94,6 @@ def _unsound(config: Mapping[str, Any], pipeline: int) -> Iterator[str]:
         yield f"{kind} with ZeRO stage 0 counts Adam's steps wrongly: use a stage 1 JSON (zero1_{kind}.json)"
     if config.get("zero_optimization", {}).get("round_robin_gradients"):
         yield "zero_optimization.round_robin_gradients breaks checkpoints silently: set it to false"
-    if kind == "fp16" and not _cuda():
-        yield "fp16 needs a GPU: use zero1_bf16.json or zero1_fp32.json on CPU"
 
 
 def filled(config: Mapping[str, Any], replicas: int, micro: int, accumulation: int, clip: float) -> dict[str, Any]:

@@ -12,29 +12,33 @@ import json
 import time
 from pathlib import Path
 
-LASTING = {2: "a mistake in the run or its data", 3: "divergence"}
+from ds_pretrain.core.exits import BUSY, DIVERGED, MISTAKE
+
+LASTING = {MISTAKE: "a mistake in the run or its data", DIVERGED: "divergence"}
 """Exit codes that another start gives again."""
 REPEATS = 2
 """Failures in a row at one step that are taken for a lasting one."""
 
 
-def why_not(output: Path, code: int, restarts: int, most: int) -> str:
+def why_not(output: Path, code: int, most: int) -> str:
     """Why this run should not start again; nothing if it should. Notes the failure.
 
-    code: what the job ended with. restarts: how often it has been started again; most: how often it may.
+    code: what the job ended with. most: failures that are got over; starts after a limit or a pre-emption are none.
     """
+    if code == BUSY:
+        return "another job trains into it"
     at, earlier = reached(output), failures(output)
     if output.is_dir():
         with (output / "failures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%F %T"), "code": code, "step": at, "restarts": restarts}) + "\n")
+            file.write(json.dumps({"time": time.strftime("%F %T"), "code": code, "step": at}) + "\n")
     if code in LASTING:
         return f"exit code {code} is {LASTING[code]}"
     if not at:
         return "it failed before its first step: see its log"
     if (output / "stop").exists():
         return f"{output / 'stop'} keeps it from training"
-    if restarts >= most:
-        return f"it has been started again {restarts} times, {most} are allowed (DS_PRETRAIN_RESTARTS)"
+    if len(earlier) >= most:
+        return f"it has failed {len(earlier) + 1} times, {most} are got over (DS_PRETRAIN_RESTARTS)"
     if len(earlier) >= REPEATS - 1 and all(step == at for step in earlier[1 - REPEATS :]):
         return f"it failed {REPEATS} times in a row after step {at}: read the log of the last start before another"
     return ""

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HUNG = 76
-"""Exit code of a rank that did not move."""
+from ds_pretrain.core.exits import HUNG
+
 STDERR = 2
 GRACE = 5.0
 """Seconds for the other ranks to write down where they are."""

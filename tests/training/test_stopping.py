@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from ds_pretrain.core.exits import BUSY, HUNG
 from ds_pretrain.training import signals
 from ds_pretrain.training.restarts import why_not
 from ds_pretrain.training.signals import InterruptedRun, StopRequest
-from ds_pretrain.training.watchdog import HUNG
 
 HANGING = """
 import sys, time, threading
@@ -55,15 +55,16 @@ def test_an_end_in_good_order_is_no_failure(reason, code):
 
 
 def test_what_is_worth_another_start(tmp_path):
-    def failed(step, code=1, restarts=0):
+    def failed(step, code=1, most=50):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "lr": 1}) + "\n")
-        return why_not(tmp_path, code, restarts, most=5)
+        return why_not(tmp_path, code, most)
 
     assert failed(10) == "" and failed(20) == ""
     assert "2 times in a row after step 20" in failed(20)
     assert failed(30) == "" and "divergence" in failed(40, code=3)
-    assert "5 are allowed" in failed(50, restarts=5)
-    assert "before its first step" in why_not(tmp_path / "nothing", 1, 0, 5)
+    assert "it has failed 6 times, 5 are got over" in failed(50, most=5)
+    assert "another job" in failed(50, code=BUSY)  # which keeps its own account
+    assert "before its first step" in why_not(tmp_path / "nothing", 1, 5)
     (tmp_path / "stop").touch()
     assert "keeps it from training" in failed(60)
     assert [json.loads(line)["step"] for line in (tmp_path / "failures.jsonl").read_text().splitlines()] == [
