@@ -258,15 +258,19 @@ def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Ru
     for key, value in settings.items():
         _set(values, key.split("."), value)
     if values.get("init"):
-        values["model"] = {**_shape_of(str(values["init"]), str(path)), **(values.get("model") or {})}
+        values["model"] = {**_shape_of(values, str(path)), **(values.get("model") or {})}
     return parse_run(numbers(values), str(path))
 
 
-def _shape_of(folder: str, where: str) -> dict[str, Any]:
-    """The model that a run begins with, as its newest checkpoint tells it."""
+def _shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The model that a run begins with, as its newest checkpoint tells it; that of its own output where there is one."""
     from ds_pretrain.training import checkpoint
 
-    found = checkpoint.steps(Path(folder) / "checkpoints")
+    folder, model = str(values["init"]), values.get("model") or {}
+    if not isinstance(model, Mapping) or "preset" in model:
+        raise ConfigError(where, [f"init {folder} tells the model's shape: leave out model.preset, or init"])
+    folders = [str(values[name]) for name in ("output", "init") if values.get(name)]
+    found = [step for each in folders for step in checkpoint.steps(Path(each) / "checkpoints")]
     if not found:
         raise ConfigError(
             where, [f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported"]

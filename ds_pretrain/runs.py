@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,30 @@ def problems(config: RunConfig, world: int) -> list[str]:
     folders = [("data.path", config.data.path), *(("data.mix", folder) for folder in config.data.mix)]
     return [
         *config.check(world, tokenizer_size(config)),
+        *_strangers(config),
         *(
             f"{field} {folder} holds no prepared data: {_where(Path(folder))}"
             for field, folder in folders
             if not (Path(folder) / "train.idx").is_file()
         ),
     ]
+
+
+def _strangers(config: RunConfig) -> Iterator[str]:
+    """Where the tokenizer is not the one that the weights or the objective ask for."""
+    tokenizer = tokenizer_of(config)
+    if tokenizer is None:
+        return
+    if config.init and (Path(config.init) / "run.yaml").is_file():
+        other = tokenizer_of(run_of(config.init))
+        if other is not None and other.digest != tokenizer.digest:
+            yield (
+                f"init {config.init} was trained with another tokenizer than {config.data.tokenizer or config.data.path} has: "
+                "prepare the text with its own (--tokenizer), or resize it with tools/tokenizer.py resize"
+            )
+    ids = tokenizer.specials
+    if config.objective.get("name") and config.make_objective().kind != "causal" and ids["<mask>"] == ids["<eod>"]:
+        yield f"objective {config.objective['name']} needs special tokens that this tokenizer, of a causal model, lacks"
 
 
 def _where(folder: Path) -> str:

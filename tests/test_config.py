@@ -31,7 +31,7 @@ def test_wrong_types_and_missing_keys_are_listed_together():
 def test_every_contradiction_is_found_at_once():
     found = problems(
         6,
-        vocab=500,
+        vocab=600,
         model={"heads": 6, "hidden": 100, "kv_heads": 4, "layers": 2, "vocab": 512, "positions": 64},
         parallel={"tensor": 4, "pipeline": 3},
         batch={"global_size": 10, "seq_len": 128},
@@ -49,7 +49,7 @@ def test_every_contradiction_is_found_at_once():
         "ZeRO stage 3 does not run with parallel.pipeline 3",
         "did you mean 'mlm'",
         "seq_len 128 is longer than model.positions 64",
-        "model.vocab 512 differs from the tokenizer's 500",
+        "model.vocab 512 is below the tokenizer's 600 ids",
         "warmup_steps 5000",
         "min_lr 1.0 is above",
     ):

@@ -158,7 +158,8 @@ class TextTokenizer:
         own = [self._engine.piece(i) for i in self.specials.values() if i < self._engine.size]  # names from elsewhere
         texts = [*self.specials, *own]
         for text, ids in zip(texts, self._engine.encode(texts), strict=True):
-            if caught := self.vocabulary.specials.intersection(ids) - {self.specials["<unk>"]}:
+            unknown = {self.specials["<unk>"]} - {self.specials["<eod>"]}  # which may stand in for it
+            if caught := self.vocabulary.specials.intersection(ids) - unknown:
                 raise ValueError(
                     f"this {self.file} encodes the text {text!r} to the special id {min(caught)}, so a document could "
                     "forge it: mark the token as special (or control) in the tokenizer"
@@ -278,6 +279,15 @@ class TextTokenizer:
             parts += [self._engine.decode(array[start:place].tolist()), self._names[int(array[place])]]
             start = place + 1
         return "".join([*parts, self._engine.decode(array[start:].tolist())])
+
+    @property
+    def appended(self) -> dict[str, int]:
+        """Special ids that exist here only, not in the tokenizer's own file."""
+        return {name: i for name, i in self.specials.items() if i >= self._engine.size}
+
+    def spelling(self, token: int) -> str:
+        """One id as the tokenizer's own file spells it, ours where it has none."""
+        return self._engine.piece(token) if token < self._engine.size else self._names[token]
 
     def token(self, token: int) -> str:
         """One id as its vocabulary spells it, for display."""

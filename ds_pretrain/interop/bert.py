@@ -55,7 +55,7 @@ def shape_of(c: Fields) -> ModelConfig:
             "head_transform": True,
             "tie_embeddings": c.get("tie_word_embeddings", True),
             "dropout": dropout,
-            "attention_dropout": c.get("attention_probs_dropout_prob", dropout),
+            "attention_dropout": c.get("attention_probs_dropout_prob", 0.1),
             "init_std": c.get("initializer_range", 0.02),
         }
     )
@@ -115,8 +115,8 @@ def _word_rules(model: ModelConfig, transform: str, norm: str, predictions: str)
     if model.tie_embeddings:
         yield Rule("head.output_bias.bias", (f"{predictions}.bias",))
         return
-    idle = Way(lambda used, idle: used, lambda x: (x, x))
-    yield Rule("head.output_bias.bias", (f"{predictions}.decoder.bias", f"{predictions}.bias"), idle)
+    first = Way(lambda used, *idle: used, lambda x: (x, x))
+    yield Rule("head.output_bias.bias", (f"{predictions}.decoder.bias", f"{predictions}.bias"), first, copies=True)
     yield Rule("output.weight", (f"{predictions}.decoder.weight",))
 
 
@@ -187,8 +187,7 @@ def _albert_model(c: Fields) -> ModelConfig:
             f"this albert config embeds words in {c.get('embedding_size', 128)} dimensions and computes in {c['hidden_size']}: "
             "a factorised embedding is not ours"
         )
-    shape = shape_of({"layer_norm_eps": 1e-12, "hidden_act": "gelu_new", **c})
-    return shape.model_copy(update={"dropout": c.get("hidden_dropout_prob", 0.0)})
+    return shape_of({"hidden_act": "gelu_new", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **c})
 
 
 def _eye(x: Tensor) -> Tensor:
@@ -233,7 +232,12 @@ def _albert(model: ModelConfig, objective: Objective) -> Side:
         rules += both(f"head.classifiers.{classifier}.out", "sop_classifier.classifier")
     if words:
         rules += _word_rules(model, "predictions.dense", "predictions.LayerNorm", "predictions")
-    fields = {**fields_of(model), "embedding_size": model.hidden, "num_hidden_groups": model.layers, "inner_group_num": 1}
+    fields = {
+        **fields_of(model),
+        "embedding_size": model.hidden,
+        "num_hidden_groups": model.layers,
+        "classifier_dropout_prob": 0.0,
+    }
     return Side("AlbertForPreTraining" if words and classifier else "AlbertForMaskedLM", fields, rules)
 
 

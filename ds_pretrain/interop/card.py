@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def card(output: Path, config: RunConfig, snapshot: Snapshot, sides: Mapping[str
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in _rows(config, facts, sides, precision)),
     ]
-    if scores := _scores(output / "metrics.jsonl"):
+    if scores := _scores(output / "metrics.jsonl", facts["step"]):
         lines += [
             "",
             "## Last evaluation",
@@ -54,12 +55,13 @@ def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side]
     ]
 
 
-def _scores(metrics: Path) -> dict[str, Any]:
-    """The last line of an evaluation."""
-    if not metrics.is_file():
-        return {}
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, Any] = next((line for line in reversed(lines) if "split" in line), {})
+def _scores(metrics: Path, step: int) -> dict[str, Any]:
+    """The last evaluation up to a step, of the run's own validation split."""
+    found: dict[str, Any] = {}
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        with contextlib.suppress(ValueError):  # a line that was cut short
+            line = json.loads(text)
+            found = line if line.get("split") == "validation" and line["step"] <= step else found
     return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
 
 

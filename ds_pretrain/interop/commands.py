@@ -11,7 +11,6 @@ import torch
 import yaml
 from rich.table import Table
 
-from ds_pretrain.config import RunConfig, parse_run
 from ds_pretrain.core.files import whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
@@ -19,9 +18,12 @@ from ds_pretrain.interop.card import card
 from ds_pretrain.interop.folder import SHARD, appearing
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
 from ds_pretrain.interop.transfer import Arrival, hand_out
+from ds_pretrain.runs import run_of, tokenizer_of
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
 
+ROW = 2048
+"""Positions of the rows that an imported model is evaluated on, where it has as many."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,7 +31,7 @@ def bring_in(
     folder: Path, output: Path, generator: Path | None = None, objective: str | None = None, pickles: bool = False
 ) -> Arrival:
     """Make `output` the output folder of a run that begins with the weights of `folder`: a checkpoint of step 0, run.yaml, and
-    the tokenizer where there is one. ValueError with everything that is wrong, before anything is written."""
+    the tokenizer where there is one. ValueError with what is wrong, and then nothing is left."""
     arrival = Arrival.of(folder, generator, objective, pickles)
     tokenizer = _tokenizer(next(iter(arrival.sources)).stored.folder, arrival)
     with appearing(output) as attempt:
@@ -59,7 +61,9 @@ def _run_of(arrival: Arrival, output: Path, tokenizer: bool) -> dict[str, Any]:
     if arrival.objective.generator:
         fields["generator_size"] = arrival.objective.generator[1]  # type: ignore[assignment]
     data = {"path": str(output / "data"), **({"tokenizer": str(output / "tokenizer")} if tokenizer else {})}
-    return {"model": arrival.model.model_dump(mode="json"), "objective": fields, "data": data, "output": str(output)}
+    batch = {"seq_len": min(arrival.model.positions or ROW, ROW)}
+    model = arrival.model.model_dump(mode="json")
+    return {"model": model, "objective": fields, "data": data, "batch": batch, "output": str(output)}
 
 
 def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
@@ -74,6 +78,8 @@ def told(arrival: Arrival, output: Path) -> Table:
     table.add_row("parameters", f"{model.count_parameters():,}")
     table.add_row("shape", f"{model.layers} layers, {model.hidden} wide, {model.heads} heads, {model.vocab_size:,} ids")
     table.add_row("objective", arrival.objective.name)
+    if not (output / "tokenizer").is_dir():
+        table.add_row("tokenizer", "none came with it (no tokenizer.json or tokenizer.model): prepare text with the one it had")
     if arrival.fresh:
         table.add_row("not in the folder, begin anew", "\n".join(arrival.fresh))
     if arrival.left_out:
@@ -88,13 +94,13 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
     """
     if precision not in PRECISIONS:
         raise ValueError(unknown("--dtype", precision, PRECISIONS))
-    config, path = _run(output), output / "checkpoints" / step if step else checkpoint.newest(output / "checkpoints")
+    config, path = run_of(output), output / "checkpoints" / step if step else checkpoint.newest(output / "checkpoints")
     if path is None:
         raise ValueError(f"no checkpoint in {output / 'checkpoints'}: train the run first")
     if step and (found := checkpoint.damages(path)):
         raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
     snapshot, objective = Snapshot(path), config.make_objective()
-    tokenizer = _tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     with appearing(folder) as attempt:
         extra = special_ids(tokenizer) if tokenizer else {}
         sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
@@ -107,18 +113,6 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
             _sentence_model(attempt)
         (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
     return [folder / place for place in sides]
-
-
-def _run(output: Path) -> RunConfig:
-    path = output / "run.yaml"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the output folder of a run that was trained or imported")
-    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-
-
-def _tokenizer_of(config: RunConfig) -> TextTokenizer | None:
-    folder = Path(config.data.tokenizer or Path(config.data.path) / "tokenizer")
-    return TextTokenizer.load(folder) if folder.exists() else None
 
 
 MODULES = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_pretrain.interop.bert import embedding_rules, fields_of, is_encoder, layer_rules, shape_of
-from ds_pretrain.interop.rules import FAMILIES, Family, Fields, Rule, Side, Way, both
+from ds_pretrain.interop.rules import FAMILIES, Family, Fields, Rule, Side, Way, both, require
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective, create
 
@@ -27,26 +27,28 @@ def _model(c: Fields) -> ModelConfig:
             f"this electra config embeds words in {c.get('embedding_size', 128)} dimensions and computes in "
             f"{c['hidden_size']}: a factorised embedding is not ours"
         )
+    require(c, hidden_act="gelu", tie_word_embeddings=True)
     return shape_of(c)
 
 
 def _objective(name: str | None, configs: Mapping[str, Fields]) -> Objective:
     if name not in (None, "electra"):
         raise ValueError(f"an electra model is trained for electra, not for {name}")
-    small, model = configs["generator"], shape_of(configs["discriminator"])
+    small, model = configs[GENERATOR], shape_of(configs[DISCRIMINATOR])
+    require(small, hidden_act="gelu", tie_word_embeddings=True)
     share = small["num_attention_heads"] / model.heads
-    objective, other = create("electra", generator_size=share), shape_of(small)
-    for field in ("layers", "hidden", "heads", "ffn_width", "positions", "vocab"):
-        if getattr(model.narrower(share), field) != getattr(other, field):
+    other, ours = shape_of(small).model_dump(), model.narrower(share).model_dump()
+    for field in other.keys() - {"init_std"}:
+        if ours[field] != other[field]:
             raise ValueError(
-                f"the generator has {field} {getattr(other, field)}: ours, with {share:.3g} of the discriminator's heads, has "
-                f"{getattr(model.narrower(share), field)}"
+                f"the generator has {field} {other[field]}: ours, with {share:.3g} of the discriminator's heads, has "
+                f"{ours[field]}"
             )
-    return objective
+    return create("electra", generator_size=share)
 
 
 def _two_classes(x: Tensor) -> Tensor:
-    return torch.cat((-x / 2, x / 2))
+    return torch.cat((-x.float() / 2, x.float() / 2))
 
 
 def _one_logit(x: Tensor) -> tuple[Tensor, ...]:
@@ -79,14 +81,20 @@ def _sides(model: ModelConfig, objective: Objective) -> dict[str, Side]:
     }
 
 
+def _takes(m: ModelConfig, objective: Objective) -> bool:
+    """A generator as wide as its model has no projection of the embeddings there, and one here."""
+    if not (is_encoder(m, objective) and m.tie_embeddings and m.activation == "gelu" and objective.generator):
+        return False
+    return m.narrower(objective.generator[1]).hidden != m.hidden
+
+
 FAMILIES.register("electra")(
     Family(
         model=_model,
         objective=_objective,
-        takes=lambda m, objective: (
-            is_encoder(m, objective) and m.tie_embeddings and m.activation == "gelu" and bool(objective.generator)
-        ),
+        takes=_takes,
         sides=_sides,
+        places=(DISCRIMINATOR, GENERATOR),
         rename=lambda model: {
             r"^(?=embeddings|encoder)": "electra.",
             r"^electra\.embeddings\.position_ids$": "",

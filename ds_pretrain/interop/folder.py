@@ -6,7 +6,9 @@ Nothing of the folder is run. Of files only safetensors are read, unless pickles
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ds_pretrain.core.files import sync
+from ds_pretrain.core.files import beside, sync
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -79,7 +81,7 @@ class Stored:
     def _open(self, path: Path) -> Iterator[Any]:
         try:
             if self.pickles:
-                yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                yield _pickled(path)
             else:
                 with safe_open(path, "pt") as tensors:
                     yield tensors
@@ -97,6 +99,18 @@ class Stored:
             return tuple(tensors[name].shape if self.pickles else tensors.get_slice(name).get_shape())
 
 
+@functools.cache
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """All tensors of a pickle; from the disk where its format lets them lie there."""
+    for mmap in (True, False):
+        try:
+            found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return found
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            told = str(error).splitlines()[0]
+    raise ValueError(f"{path} is no pickle of tensors alone: {told}")
+
+
 class Entry(NamedTuple):
     """A tensor to be written."""
 
@@ -112,11 +126,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends. ValueError if something is there already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: give the name of a folder that is not there yet, or empty it")
-    attempt = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(attempt, ignore_errors=True)
+    attempt = beside(folder.resolve())
     attempt.mkdir(parents=True)
     try:
         yield attempt
+        for path in (*attempt.rglob("*"), attempt):
+            sync(path)
         if folder.exists():
             folder.rmdir()
         attempt.rename(folder)
@@ -131,7 +146,7 @@ def write(
 ) -> list[str]:
     """Write tensors, which come in the order of their entries, into as many files as they need; returns these files' names.
 
-    One tensor is in memory at a time: a file's header is made of the entries, before any of them is there.
+    A file's header is made of the entries, so that no more than one tensor need be there at a time.
     """
     groups = list(_groups(entries, dtype, shard))
     names = [SAFE] if len(groups) == 1 else [_numbered(i, len(groups)) for i in range(len(groups))]
@@ -140,11 +155,13 @@ def write(
         with (folder / name).open("wb") as file:
             file.write(_header(group, dtype))
             for entry in group:
-                tensor = next(coming).to(dtype).contiguous()
+                given = next(coming)
+                tensor = given.to(dtype).contiguous()
+                if dtype == torch.float16 and bool((tensor.isinf() & given.isfinite()).any()):
+                    raise ValueError(f"{entry.name} has numbers beyond float16: write --dtype bfloat16 or float32")
                 if tuple(tensor.shape) != tuple(entry.shape):
                     raise ValueError(f"{entry.name} is {tuple(tensor.shape)} and was announced as {tuple(entry.shape)}")
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        sync(folder / name)
     if len(groups) > 1:
         places = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
         index = {"metadata": {"total_size": sum(entry.bytes(dtype) for entry in entries)}, "weight_map": places}

@@ -26,6 +26,7 @@ from ds_pretrain.objectives import Objective
 def _model(c: Fields) -> ModelConfig:
     require(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     dropout = c.get("resid_pdrop", 0.1)
+    require({"embd_pdrop": 0.1, **c}, embd_pdrop=dropout)
     return ModelConfig.model_validate(
         {
             "layers": c["n_layer"],
@@ -38,7 +39,7 @@ def _model(c: Fields) -> ModelConfig:
             "activation": activation(c.get("activation_function", "gelu_new")),
             "tie_embeddings": c.get("tie_word_embeddings", True),
             "dropout": dropout,
-            "attention_dropout": c.get("attn_pdrop", dropout),
+            "attention_dropout": c.get("attn_pdrop", 0.1),
             "init_std": c.get("initializer_range", 0.02),
         }
     )

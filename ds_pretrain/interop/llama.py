@@ -10,7 +10,7 @@ from ds_pretrain.objectives import Objective
 
 
 def _model(c: Fields) -> ModelConfig:
-    heads, rope = c["num_attention_heads"], c.get("rope_parameters") or c.get("rope_scaling") or {}
+    heads, rope = c["num_attention_heads"], c.get("rope_scaling") or c.get("rope_parameters") or {}
     bias = c.get("attention_bias", False)
     require(c, hidden_act="silu", mlp_bias=bias, pretraining_tp=1, partial_rotary_factor=1.0)
     if c.get("head_dim") is not None:
@@ -56,7 +56,7 @@ def _fields(m: ModelConfig) -> Fields:
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_base},
         "attention_bias": m.bias,
         "mlp_bias": m.bias,
-        "attention_dropout": m.attention_dropout or 0.0,
+        "attention_dropout": m.dropout if m.attention_dropout is None else m.attention_dropout,
         "tie_word_embeddings": m.tie_embeddings,
         "initializer_range": m.init_std,
     }

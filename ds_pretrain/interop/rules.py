@@ -67,6 +67,8 @@ class Rule(NamedTuple):
     logical: str
     stored: tuple[str, ...]
     way: Way = SAME
+    copies: bool = False
+    """Whether the stored tensors are copies of one: any of them will do."""
 
 
 def both(logical: str, stored: str | tuple[str, ...], way: Way = SAME, bias: bool = True) -> Iterator[Rule]:
@@ -98,6 +100,8 @@ class Family:
     sides: Callable[[ModelConfig, Objective], Mapping[str, Side]]
     """Such a model of ours as the library knows it: models by the subfolder they lie in, "" for the folder itself. A parameter
     that two of them have is stored in both, and must be equal there."""
+    places: tuple[str, ...] = ("",)
+    """Subfolders of its models."""
     heads: str = r"(?!)"
     """Pattern of the stored names that a model may lack or have too many of: those of heads. Without it there are none."""
     rename: Callable[[ModelConfig], Mapping[str, str]]

@@ -31,15 +31,25 @@ def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: in
     if tokenizer.file == "tokenizer.model":
         (folder / tokenizer.file).write_bytes(tokenizer.model)
         return  # for sentencepiece itself: what transformers makes of such a file is another tokenizer
-    names = {theirs: tokenizer.token(tokenizer.specials[ours]) for theirs, ours in NAMED.items()}
+    ids = tokenizer.specials
+    real = {theirs: ours for theirs, ours in NAMED.items() if ours == "<eod>" or ids[ours] != ids["<eod>"]}  # no stand-ins
+    names = {theirs: tokenizer.spelling(ids[ours]) for theirs, ours in real.items()}
     content = json.loads(tokenizer.model)
+    content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
     if objective.kind == "full":
-        content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)
+        content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)  # none stands in there
     (folder / tokenizer.file).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, object] = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if objective.kind == "full":
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if positions:
         config["model_max_length"] = positions
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _added(name: str, token: int) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": name, **flags, "special": True}
 
 
 def _around(cls: str, sep: str, tokenizer: TextTokenizer) -> dict[str, object]:

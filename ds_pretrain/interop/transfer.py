@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +47,9 @@ class Source:
             parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(strange)}"] * bool(strange)
             yield f"{self.stored.folder} is no {self.side.architecture}: {'; '.join(parts)}"
         for rule in self.side.rules:
+            lacking = [name for name in rule.stored if name not in self.names]
+            if lacking and len(lacking) < len(rule.stored) and not rule.copies:
+                yield f"{self.stored.folder} has a part of {rule.logical} and lacks {some(lacking)}"
             for name, expected in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True):
                 for spelling in self.names.get(name, ()):
                     if (found := self.stored.shape(spelling)) != expected:
@@ -55,11 +57,11 @@ class Source:
                         yield f"{spelling} is {found} in {file}, by config.json it should be {expected}"
 
     def has(self, rule: Rule) -> bool:
-        return all(name in self.names for name in rule.stored)
+        return (any if rule.copies else all)(name in self.names for name in rule.stored)
 
     def parameter(self, rule: Rule) -> Tensor:
         """One of our parameters, in the precision it is stored in."""
-        return rule.way.make(*(self._tensor(name) for name in rule.stored))
+        return rule.way.make(*(self._tensor(name) for name in rule.stored if name in self.names))
 
     def _tensor(self, name: str) -> Tensor:
         first, *others = self.names[name]
@@ -95,14 +97,22 @@ class Arrival:
                 "discriminator": folder if generator else folder / "discriminator",
                 "generator": generator or folder / "generator",
             }
-        stored = {name: Stored(place, pickles) for name, place in places.items()}
-        main = next(iter(stored.values())).config
-        family = FAMILIES[str(main.get("model_type"))]
+        main = Stored(next(iter(places.values())), pickles).config
+        name = str(main.get("model_type"))
+        family = FAMILIES[name]
+        if set(places) != set(family.places):
+            both = " and ".join(family.places) or "none"
+            raise ValueError(
+                f"of {name} there is one folder" if len(family.places) == 1 else f"{name} is two models: give {both}"
+            )
+        stored = {place: Stored(path, pickles) for place, path in places.items()}
         try:
             model = family.model(main)
-            made = family.objective(objective, {name: each.config for name, each in stored.items()})
+            made = family.objective(objective, {place: each.config for place, each in stored.items()})
         except KeyError as missing:
-            raise ValueError(f"the {main['model_type']} config has no {missing}") from None
+            raise ValueError(f"the {name} config has no {missing}") from None
+        if not family.takes(model, made):
+            raise ValueError(f"a model of {name} cannot be one of ours for {made.name}: another --objective, or none, may do")
         return _checked(family, model, made, stored, main)
 
     def parameters(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -125,23 +135,16 @@ class Arrival:
             yield name, first.float().contiguous()
 
     def save(self, output: Path, facts: Mapping[str, Any], seed: int = 0) -> Path:
-        """Write `output/checkpoints/step-0` (weights alone), whole or not at all."""
+        """Write `output/checkpoints/step-0` (weights alone)."""
         final = output / "checkpoints" / "step-0"
-        if final.exists():
-            raise ValueError(f"{final} exists: choose another output, or remove it")
         attempt = final.with_name("step-0.tmp")
-        shutil.rmtree(attempt, ignore_errors=True)
         attempt.mkdir(parents=True)
         whole = (
             (Piece("master", Shard(name, tuple(x.shape), tuple(x.shape)), 0), x.view(-1)) for name, x in self.parameters(seed)
         )
-        try:
-            files = [checkpoint.write_file(attempt, *file) for file in checkpoint.packed(0, whole, PIECES)]
-            manifest = {"version": checkpoint.VERSION, "step": 0, "model": self.model.model_dump(), "counters": {}, **facts}
-            checkpoint.commit(attempt, final, {**manifest, "imported": self._told(), "files": files})
-        except BaseException:
-            shutil.rmtree(attempt, ignore_errors=True)
-            raise
+        files = [checkpoint.write_file(attempt, *file) for file in checkpoint.packed(0, whole, PIECES)]
+        manifest = {"version": checkpoint.VERSION, "step": 0, "model": self.model.model_dump(), "counters": {}, **facts}
+        checkpoint.commit(attempt, final, {**manifest, "imported": self._told(), "files": files})
         return final
 
     def _told(self) -> dict[str, Any]:
@@ -152,14 +155,12 @@ def _checked(
     family: Family, model: ModelConfig, objective: Objective, stored: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> Arrival:
     shapes, sides = parameter_shapes(model, objective), family.sides(model, objective)
-    if absent := sides.keys() - stored.keys():
-        raise ValueError(f"{objective.name} needs {' and '.join(sorted(absent))} beside it: give both folders")
     renamed = family.rename(model)
     sources = [Source(stored[name], side, canonical(stored[name].files, renamed)) for name, side in sides.items()]
     if wrong := [problem for source in sources for problem in source.problems(shapes, family.heads)]:
         raise ValueError("; ".join(wrong[:4]) + f" and {len(wrong) - 4} more" * (len(wrong) > 4))
     rules = [(source, rule) for source in sources for rule in source.side.rules]
-    fresh = [rule.logical for source, rule in rules if not source.has(rule)]
+    fresh = list(dict.fromkeys(rule.logical for source, rule in rules if not source.has(rule)))
     used = {name for _, rule in rules for name in rule.stored}
     left_out = [name for source in sources for name in source.names if name not in used]
     return Arrival(model, objective, sources, config, fresh, left_out)
@@ -181,7 +182,8 @@ def hand_out(
     name, family = family_of(model, objective)
     sides = dict(family.sides(model, objective))
     taken = {rule.logical for side in sides.values() for rule in side.rules}
-    if left := sorted(snapshot.shapes.keys() - taken):
+    shapes = snapshot.shapes
+    if left := sorted(shapes.keys() - taken):
         raise ValueError(f"{name} has no place for {some(left)}: the run was trained for {objective.name} with another head")
     for place, side in sides.items():
         target = folder / place
@@ -191,7 +193,7 @@ def hand_out(
         entries = [
             Entry(stored, shape)
             for rule in side.rules
-            for stored, shape in zip(rule.stored, stored_shapes(rule, snapshot.shapes[rule.logical]), strict=True)
+            for stored, shape in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True)
         ]
         write(
             target,

@@ -102,8 +102,8 @@ class ModelConfig(BaseModel):
         """Where the model contradicts a tokenizer (None: not known yet) or the length of a row."""
         if self.position == "learned" and self.positions and seq_len > self.positions:
             yield f"batch.seq_len {seq_len} is longer than model.positions {self.positions}: lower one or raise the other"
-        if vocab_size and self.vocab and self.vocab != vocab_size:
-            yield f"model.vocab {self.vocab} differs from the tokenizer's {vocab_size}: leave it out, or set it to {vocab_size}"
+        if vocab_size and self.vocab and self.vocab < vocab_size:
+            yield f"model.vocab {self.vocab} is below the tokenizer's {vocab_size} ids: leave it out, or set it to {vocab_size}"
 
     def undividable(self, plan: ParallelPlan, seq_len: int) -> Iterator[str]:
         """Where the model or a row of `seq_len` positions cannot be laid out by a plan, with the nearest that can."""

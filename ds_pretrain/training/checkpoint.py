@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -286,46 +286,45 @@ class Snapshot:
 def load(snapshot: Snapshot, engine: Engine) -> None:
     """Continue `engine` from a checkpoint of any layout: weights, Adam's moments and every counter."""
     check_model(snapshot, engine)
+    _put(snapshot, engine, state.KINDS, snapshot.shapes)
+    state.restore_counters(engine, snapshot.manifest["step"], snapshot.manifest["counters"])
+    engine.mesh.barrier()
+
+
+def adopt(snapshot: Snapshot, engine: Engine) -> tuple[list[str], list[str]]:
+    """Begin `engine` with the weights of a checkpoint of any layout: no moments, no counters. Heads may be missing on either
+    side; returns the names of those that keep their initial values, and of those that are left behind."""
+    check_model(snapshot, engine, HEADS)
+    theirs = snapshot.shapes
+    _put(snapshot, engine, ("master",), theirs)
+    ours = set(chain(*engine.mesh.gather([shard.name for shard, _ in state.local_parameters(engine)])))
+    engine.mesh.barrier()
+    return sorted(ours - theirs.keys()), sorted(theirs.keys() - ours)
+
+
+def _put(snapshot: Snapshot, engine: Engine, kinds: Iterable[str], known: Container[str]) -> None:
+    """This rank's part of every parameter that the checkpoint has, and of its moments."""
     owned = {fragment.shard.name: fragment for fragment in state.fragments(engine)}
     for shard, parameter in list(state.local_parameters(engine)):
-        for kind in state.KINDS:
+        for kind in kinds if shard.name in known else ():
             local = shard.take(snapshot.whole(shard.name, kind)).to(engine.mesh.device)
             if fragment := owned.get(shard.name):
                 view = fragment.views[kind]
                 view.copy_(local.reshape(-1)[fragment.start : fragment.start + view.numel()])
             if kind == "master":
                 state.refresh_weights(engine, shard, parameter, local)
-    state.restore_counters(engine, snapshot.manifest["step"], snapshot.manifest["counters"])
-    engine.mesh.barrier()
-
-
-def adopt(snapshot: Snapshot, engine: Engine) -> list[str]:
-    """Begin `engine` with the weights of a checkpoint of any layout: no moments, no counters. Heads may differ: those that the
-    checkpoint lacks stay as they are, and their names are returned."""
-    check_model(snapshot, engine, HEADS)
-    owned = {fragment.shard.name: fragment for fragment in state.fragments(engine)}
-    fresh = []
-    for shard, parameter in list(state.local_parameters(engine)):
-        if shard.name not in snapshot.shapes:
-            fresh.append(shard.name)
-            continue
-        local = shard.take(snapshot.whole(shard.name)).to(engine.mesh.device)
-        if fragment := owned.get(shard.name):
-            view = fragment.views["master"]
-            view.copy_(local.reshape(-1)[fragment.start : fragment.start + view.numel()])
-        state.refresh_weights(engine, shard, parameter, local)
-    return sorted(set(chain(*engine.mesh.gather(fresh))))
 
 
 def check_model(snapshot: Snapshot, engine: Engine, but: tuple[str, ...] = ()) -> None:
-    """ValueError that names how the checkpoint's model differs from the engine's, parameters whose names begin so left out."""
+    """ValueError that names how the checkpoint's model differs from the engine's. but: where names of parameters begin that
+    only one of them may have."""
     local = {shard.name: shard.shape for shard, _ in state.local_parameters(engine)}
-    ours = {name: shape for stage in engine.mesh.gather(local) for name, shape in stage.items() if not name.startswith(but)}
-    theirs = {name: shape for name, shape in snapshot.shapes.items() if not name.startswith(but)}
+    ours = {name: shape for stage in engine.mesh.gather(local) for name, shape in stage.items()}
+    theirs = snapshot.shapes
     wrong = [
         f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the model"
         for name in {**ours, **theirs}
-        if theirs.get(name) != ours.get(name)
+        if theirs.get(name) != ours.get(name) and not (name.startswith(but) and (name not in ours or name not in theirs))
     ]
     was, now = ModelConfig(**snapshot.manifest["model"]), engine.build.model
     wrong += [

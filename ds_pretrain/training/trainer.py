@@ -128,8 +128,8 @@ class PreTrainer:
         self.audit = Audit(objective, dataset.vocab)
         self._held: IO[str] | None = None
         if self.output:
-            self._open(self.output)
-        if init and self.step == 0:
+            self._open(self.output, init)
+        elif init:
             self._begin_from(Path(init))
 
     def train(self) -> StepResult | None:
@@ -290,13 +290,15 @@ class PreTrainer:
         line["flops"] = here * self.mesh.data_size
         return line if share is None else {**line, "mfu": share}
 
-    def _open(self, output: Path) -> None:
-        """Take over the output folder: continue from its newest sound checkpoint, or start it."""
+    def _open(self, output: Path, init: str | Path | None) -> None:
+        """Take over the output folder: continue from its newest sound checkpoint, or start it, with other weights if asked."""
         if refused := self.mesh.agree(self._take(output) if self.mesh.rank == 0 else None):
             raise refused
         found = checkpoint.newest(output / "checkpoints", self.mesh)
         if found:
             self._resume(checkpoint.Snapshot(found))
+        elif init:
+            self._begin_from(Path(init))
         if failed := self.mesh.agree(self._write_down(output) if self.mesh.rank == 0 else ""):
             raise OSError(failed)
 
@@ -330,15 +332,16 @@ class PreTrainer:
         was = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else facts
         if changed := differing(was, facts):
             path.rename(path.with_name(f"run-until-{self.step}.yaml"))
-            self.changed = f"other settings from here on: {changed}"
+            self.changed = "\n".join(filter(None, [self.changed, f"other settings from here on: {changed}"]))
 
     def _begin_from(self, folder: Path) -> None:
         """Take the weights of another run or of an import, nothing else of it."""
         found = checkpoint.newest(folder / "checkpoints", self.mesh)
         if found is None:
             raise ValueError(f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported")
-        fresh = checkpoint.adopt(checkpoint.Snapshot(found), self.model)
-        self.changed = f"begins with the weights of {found}" + f"; fresh: {', '.join(fresh)}" * bool(fresh)
+        fresh, left = checkpoint.adopt(checkpoint.Snapshot(found), self.model)
+        told = [f"begins with the weights of {found}", *(["fresh: " + ", ".join(fresh)] if fresh else [])]
+        self.changed = "; ".join([*told, *(["left behind: " + ", ".join(left)] if left else [])])
 
     def _resume(self, snapshot: checkpoint.Snapshot) -> None:
         m = snapshot.manifest

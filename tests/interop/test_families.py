@@ -178,7 +178,7 @@ def test_a_generator_of_another_shape_or_with_other_embeddings_is_refused(tmp_pa
     path = tmp_path / "in" / "generator" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "intermediate_size": 44}))
-    with pytest.raises(ValueError, match=r"generator has ffn_width 44: ours, with 0\.5 of the discriminator's heads, has 40"):
+    with pytest.raises(ValueError, match=r"generator has ffn 44: ours, with 0\.5 of the discriminator's heads, has 40"):
         Arrival.of(tmp_path / "in")
     path.write_text(json.dumps(config))
     state = load_file(path.with_name("model.safetensors"))

@@ -1,0 +1,211 @@
+"""What was trained goes out whole: weights, tokenizer, card; and a run begins with the weights of another."""
+
+import json
+
+import pytest
+import theirs
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, trainers
+
+from ds_pretrain.config import ConfigError, load_run
+from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.interop.commands import bring_in, send_out
+from ds_pretrain.objectives import create
+from ds_pretrain.parallel.mesh import Mesh
+from ds_pretrain.parallel.plan import ParallelPlan
+from ds_pretrain.parallel.spawn import spawn
+from ds_pretrain.runs import load_model, make_trainer, open_run, problems
+from ds_pretrain.training import checkpoint, deepspeed_json, state
+from ds_pretrain.training.checkpoint import Snapshot
+from ds_pretrain.training.engine import build_for, create_engine
+from ds_pretrain.training.optimizer import OptimizerConfig
+
+SHAPES = {
+    "clm": {"preset": "gpt2-small", "layers": 2, "hidden": 64, "heads": 4, "dropout": 0.0},
+    "fim": {"preset": "llama-1m", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2},
+    "mlm": {"preset": "bert-1m", "layers": 2},
+    "bert": {"preset": "bert-1m", "layers": 2},
+    "albert": {"preset": "bert-1m", "layers": 2},
+    "simcse": {"preset": "bert-1m", "layers": 2},
+    "electra": {"preset": "bert-1m", "layers": 2},
+}
+ARCHITECTURES = {
+    "clm": "GPT2LMHeadModel", "fim": "LlamaForCausalLM", "mlm": "BertForMaskedLM", "bert": "BertForPreTraining",
+    "albert": "AlbertForPreTraining", "simcse": "BertModel", "electra": "ElectraForPreTraining",
+}  # fmt: skip
+
+
+def run_file(folder, data, objective, **more):
+    path = folder / f"{objective}.yaml"
+    values = {
+        "model": SHAPES[objective], "objective": {"name": objective}, "data": {"path": str(data)},
+        "batch": {"global_size": 8, "seq_len": 64}, "train": {"max_steps": 3, "eval_every": 3},
+        "optimizer": {"warmup_steps": 1}, "output": str(folder / f"{objective} run"), **more,
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A few steps of every objective whose network others know, and the folders that they went out into."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for objective in SHAPES:
+        trainer = make_trainer(*open_run(run_file(folder, data, objective), []))
+        trainer.progress = False
+        trainer.train()
+        found[objective] = folder / f"{objective} run", send_out(folder / f"{objective} run", folder / f"{objective} out")
+    return found
+
+
+@pytest.mark.parametrize("objective", SHAPES)
+def test_a_trained_run_opens_whole(runs, objective):
+    output, folders = runs[objective]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        model, told = getattr(transformers, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+        assert model.config.vocab_size == len(TextTokenizer.load(_data(output)))
+    assert json.loads((folders[0] / "config.json").read_text())["architectures"] == [ARCHITECTURES[objective]]
+    card = (output.with_name(f"{objective} out") / "README.md").read_text()
+    assert f"for `{objective}`" in card and "## Last evaluation" in card and "digest" in card
+
+
+def _data(output):
+    return load_run(str(output / "run.yaml")).data.path + "/tokenizer"
+
+
+def test_the_exported_model_says_what_ours_says(runs):
+    output, (folder,) = runs["clm"]
+    model, tokenizer = load_model(str(output))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.from_numpy(tokenizer.encode("The import statement finds a module")).long()[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids)[0], exported(ids).logits[0, -1], rtol=0, atol=1e-5)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.vocabulary.eod
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm", "electra"])
+def test_the_exported_tokenizer_gives_the_same_ids(runs, objective):
+    output, folders = runs[objective]
+    ours = TextTokenizer.load(_data(output))
+    for folder in folders:
+        theirs_ = transformers.AutoTokenizer.from_pretrained(folder)
+        text = "To be, or not to be: that is the <mask> question. 漢字"
+        assert theirs_(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ours.encode(text).tolist()
+        vocab = ours.vocabulary
+        assert (theirs_.eos_token_id, theirs_.pad_token_id, theirs_.mask_token_id) == (vocab.eod, vocab.pad, vocab.mask)
+        framed = theirs_("one", "two")
+        if objective != "clm":
+            one, two = (ours.encode(word).tolist() for word in ("one", "two"))
+            assert framed["input_ids"] == [vocab.cls, *one, vocab.sep, *two, vocab.sep]
+            assert framed["token_type_ids"] == [0] * (len(one) + 2) + [1] * (len(two) + 1)
+
+
+def foreign(folder, specials, size=400):
+    """A byte-level BPE with special tokens of its own names."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        ["a b c"], trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=specials)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+
+
+def test_foreign_special_tokens_keep_their_ids_and_names(tmp_path):
+    theirs.save("bert", tmp_path / "bert")
+    foreign(tmp_path / "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    bring_in(tmp_path / "bert", tmp_path / "run")
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    made = transformers.AutoTokenizer.from_pretrained(out)
+    assert (made.pad_token, made.cls_token, made.mask_token, made.mask_token_id) == ("[PAD]", "[CLS]", "[MASK]", 4)
+    assert len(made) <= 1001
+
+
+def test_a_causal_tokenizer_has_one_special_token_and_keeps_it_alone(tmp_path, data):
+    theirs.save("gpt2", tmp_path / "gpt2")
+    foreign(tmp_path / "gpt2", ["<|endoftext|>"])
+    bring_in(tmp_path / "gpt2", tmp_path / "run")
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    made = transformers.AutoTokenizer.from_pretrained(out)
+    assert (made.eos_token, made.eos_token_id, made.mask_token) == ("<|endoftext|>", 0, None)
+    assert len(made) == len(TextTokenizer.load(tmp_path / "run" / "tokenizer"))
+    masked = load_run(str(tmp_path / "run" / "run.yaml"), ["objective.name=mlm", f"data.path={data}"])
+    assert any("special tokens that this tokenizer, of a causal model, lacks" in each for each in problems(masked, 1))
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):
+    theirs.save("gpt2", tmp_path / "in")
+    words = [f"<w{i}>" for i in range(900)]
+    foreign(tmp_path / "in", ["<|endoftext|>", *words], size=1200)
+    with pytest.raises(ValueError, match=r"has 1157 ids, the embedding 1001 rows"):
+        bring_in(tmp_path / "in", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def begun(data, runs, tmp_path, objective, source, *overrides):
+    output = tmp_path / "begun"
+    values = [f"init={runs[source][0]}", f"output={output}", "model={}", *overrides]
+    trainer = make_trainer(*open_run(run_file(tmp_path, data, objective), values))
+    trainer.progress = False
+    return trainer
+
+
+def test_a_run_begins_with_the_weights_and_the_shape_of_another(data, runs, tmp_path):
+    trainer = begun(data, runs, tmp_path, "clm", "clm")
+    source = Snapshot(checkpoint.newest(runs["clm"][0] / "checkpoints"))
+    assert trainer.step == 0 and trainer.shape.hidden == 64 and "begins with the weights of" in trainer.changed
+    for shard, parameter in state.local_parameters(trainer.model):
+        assert torch.equal(parameter, source.whole(shard.name))
+    first = trainer.train()
+    again = begun(data, runs, tmp_path, "clm", "clm")  # goes on with its own checkpoint
+    assert again.step == 3 and first is not None
+
+
+def test_heads_may_differ_and_are_told(data, runs, tmp_path):
+    trainer = begun(data, runs, tmp_path, "bert", "mlm")
+    assert "fresh: head.classifiers.nsp.dense.bias" in trainer.changed
+    (tmp_path / "other").mkdir()
+    trainer = begun(data, runs, tmp_path / "other", "mlm", "bert")
+    assert "left behind: head.classifiers.nsp.dense.bias" in trainer.changed
+
+
+def adopted(folder, stage, precision, plan):
+    """How far the master and working weights of an engine that began so are from the checkpoint's."""
+    source = Snapshot(checkpoint.newest(folder / "checkpoints"))
+    mesh, objective = Mesh.build(plan), create("clm")
+    shape = load_run(str(folder / "run.yaml")).model
+    json_ = {
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+        **({"bf16": {"enabled": True}} if precision == "bf16" else {}),
+    }
+    filled = deepspeed_json.filled(json_, mesh.replicas, 2, 1, 1.0)
+    engine = create_engine(build_for(objective, shape, mesh, 64), objective, OptimizerConfig(), filled)
+    assert checkpoint.adopt(source, engine) == ([], [])
+    saved = checkpoint.save(folder.with_name(f"adopted {stage} {precision} {plan}"), engine, 0, {"model": shape.model_dump()})
+    again = Snapshot(saved)
+    return [name for name in source.shapes if not torch.equal(source.whole(name), again.whole(name))]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_every_zero_stage_begins_with_the_very_weights(runs, stage, precision):
+    assert spawn(2, adopted, runs["clm"][0], stage, precision, ParallelPlan()) == []
+
+
+def test_what_cannot_begin_is_refused_and_leaves_nothing(data, runs, tmp_path):
+    with pytest.raises(ConfigError, match="has no checkpoints: give the output folder"):
+        begun(data, {"clm": (tmp_path / "absent",)}, tmp_path, "clm", "clm")
+    with pytest.raises(ConfigError, match=r"leave out model\.preset, or init"):
+        begun(data, runs, tmp_path, "clm", "clm", "model={preset: gpt2-small}")
+    with pytest.raises(ValueError, match="is a checkpoint of another model: heads 4 in the checkpoint, 2 in the model"):
+        begun(data, runs, tmp_path, "clm", "clm", "model={heads: 2}")
+    assert not (tmp_path / "begun" / "run.yaml").exists()
+    theirs.save("gpt2", tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    with pytest.raises(ValueError, match="was imported: begin a run with init="):
+        make_trainer(*open_run(run_file(tmp_path, data, "clm"), [f"output={tmp_path / 'run'}"]))
