@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.data.tokenizer import ALIASES, TextTokenizer
 from ds_pretrain.objectives import Objective
 
 NAMED = {
@@ -32,8 +32,8 @@ def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: in
         (folder / tokenizer.file).write_bytes(tokenizer.model)
         return  # for sentencepiece itself: what transformers makes of such a file is another tokenizer
     ids = tokenizer.specials
-    real = {theirs: ours for theirs, ours in NAMED.items() if ours == "<eod>" or ids[ours] != ids["<eod>"]}  # no stand-ins
-    names = {theirs: tokenizer.spelling(ids[ours]) for theirs, ours in real.items()}
+    found = {theirs: (tokenizer.spelling(ids[ours]), ours) for theirs, ours in NAMED.items()}
+    names = {theirs: name for theirs, (name, ours) in found.items() if name in (ours, *ALIASES[ours])}  # no stand-ins
     content = json.loads(tokenizer.model)
     content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
     if objective.kind == "full":
