@@ -38,7 +38,9 @@ def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: in
     content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
     if objective.kind == "full":
         content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)  # none stands in there
-    (folder / tokenizer.file).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    same = content == json.loads(tokenizer.model)  # then byte for byte: it is known by its digest
+    text = tokenizer.model if same else json.dumps(content, ensure_ascii=False).encode()
+    (folder / tokenizer.file).write_bytes(text)
     config: dict[str, object] = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if objective.kind == "full":
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]

@@ -84,6 +84,8 @@ def test_the_exported_model_says_what_ours_says(runs):
     ids = torch.from_numpy(tokenizer.encode("The import statement finds a module")).long()[None]
     with torch.no_grad():
         torch.testing.assert_close(model.logits(ids)[0], exported(ids).logits[0, -1], rtol=0, atol=1e-5)
+    bring_in(folder, output.with_name("back"))
+    assert TextTokenizer.load(output.with_name("back") / "tokenizer").digest == tokenizer.digest
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.vocabulary.eod
 
