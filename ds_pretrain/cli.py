@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
+from ds_pretrain.console import Output, err, out
 from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
 from ds_pretrain.core.files import BusyError
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
 from ds_pretrain.sweep.commands import app as sweep
 from ds_pretrain.sweep.spec import read as read_sweep
+from ds_pretrain.use import app as use
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,13 +34,12 @@ app = typer.Typer(
     help="Pre-training objectives for language models, under any DeepSpeed and megatron-core layout.\n\n"
     "Start with: prepare a corpus, preview an objective on it, train a run, eval it, generate from it.",
 )
+app.add_typer(use)
 app.add_typer(sweep, name="sweep")
 scaling = typer.Typer(no_args_is_help=True, help="Scaling laws of finished runs.")
 app.add_typer(scaling, name="scaling")
 bench = typer.Typer(no_args_is_help=True, help="Measurements on the ranks that are here.")
 app.add_typer(bench, name="bench")
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a log is no 80 columns wide
-err = Console(stderr=True, highlight=False)
 
 ASSUMED_VOCABULARY = 32768
 """What `plan` counts with before there is a tokenizer."""
@@ -49,7 +49,6 @@ PREVIEWED = 64
 """Positions of an example that `preview OBJECTIVE` shows, unless a run says otherwise."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as optimizer.lr=1e-3 parallel.tensor=2.")]
 Run = Annotated[str, typer.Argument(help="A run file, or the name of one in ds_configs/runs (see `list runs`).")]
-Output = Annotated[str, typer.Argument(help="The output folder of a run.")]
 
 
 @app.command()
@@ -165,32 +164,6 @@ def evaluate(
 
 
 @app.command()
-def generate(
-    output: Output,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep so many candidates; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
-) -> None:
-    """Continue a text with the newest checkpoint of a causal run, or of a masked diffusion run."""
-    from ds_pretrain.evaluation.generate import generate as run
-    from ds_pretrain.evaluation.generate import unmask
-
-    model, tokenizer = load_model(output)
-    vocab = tokenizer.vocabulary
-    start = tokenizer.encode(prompt).tolist()
-    if model.objective.measure == "bound":
-        ids = unmask(model, start, vocab.mask, vocab.specials, tokens, temperature, seed=seed)
-    else:
-        ids = list(run(model, start, vocab.eod, vocab.specials, tokens, temperature, top_k, top_p, seed))
-    text = tokenizer.decode(ids)
-    if model.mesh.rank == 0:
-        out.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}")
-
-
-@app.command()
 def preview(
     target: Annotated[str, typer.Argument(help="An objective (see `list objectives`), or a run file or its name.")] = "",
     overrides: Annotated[
@@ -232,76 +205,6 @@ def preview(
     if png:
         preview_plot.view_png(views, png)
         out.print(f"picture: {png}")
-
-
-@app.command()
-def infill(
-    output: Output,
-    documents: Annotated[int, typer.Option(help="Documents to take a line out of.")] = 50,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    tokens: Annotated[int, typer.Option(help="Tokens of a line at most.")] = 64,
-    show: Annotated[int, typer.Option(help="Attempts to print.")] = 3,
-) -> None:
-    """Let a fill-in-the-middle run write missing lines: how many are exact, and how much Python still parses."""
-    from rich.progress import track
-
-    from ds_pretrain.evaluation import infill as task
-
-    (model, _), dataset = load_model(output), data_of(output)
-    if problems := [*task.problems(model.objective), *dataset.vocab.lacks("infilling", task.NAMES)]:
-        raise ValueError(problems[0])
-    part = dataset.split(split)
-    gaps = list(task.gaps(part, documents))
-    tried = [task.infill(model, part, gap, tokens) for gap in track(gaps, "infill", console=err, disable=model.mesh.rank > 0)]
-    if model.mesh.rank == 0:
-        for attempt in tried[:show]:
-            out.print(
-                f"[dim]{escape(attempt.gap.before[-200:])}[/dim][bold green]{escape(attempt.written)}[/bold green]", end=""
-            )
-            out.print(
-                f"[dim]{escape(attempt.gap.after[:100])}[/dim]\n  was: [cyan]{escape(attempt.gap.middle.rstrip())}[/cyan]\n"
-            )
-        python = [attempt for attempt in tried if attempt.gap.python]
-        table = Table("lines", "exact", "Python documents", "still parse", title=f"{output}, {split} split")
-        exact, parsed = sum(attempt.exact for attempt in tried), sum(attempt.parses for attempt in python)
-        table.add_row(str(len(tried)), _of(exact, tried), str(len(python)), _of(parsed, python))
-        out.print(table)
-
-
-@app.command()
-def similarity(
-    output: Output,
-    pairs: Annotated[str, typer.Argument(help="Lines of sentence TAB sentence TAB score.")],
-) -> None:
-    """Hold a run's sentence embeddings against human scores: Spearman, alignment, uniformity."""
-    from ds_pretrain.evaluation import embeddings
-
-    model, tokenizer = load_model(output)
-    found = embeddings.similarity(_embedder(model, tokenizer), embeddings.read_scores(pairs))
-    if model.mesh.rank == 0:
-        table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
-        table.add_row(
-            str(found.pairs), f"{found.spearman:.4f}", str(found.equal), f"{found.alignment:.4f}", f"{found.uniformity:.4f}"
-        )
-        out.print(table)
-
-
-@app.command()
-def probe(
-    output: Output,
-    texts: Annotated[str, typer.Argument(help="Lines of text TAB label.")],
-) -> None:
-    """Classify texts by a logistic regression on a run's frozen states, beside the untrained network."""
-    from ds_pretrain.evaluation import embeddings
-
-    model, tokenizer = load_model(output)
-    rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
-    found = embeddings.probe(_embedder(model, tokenizer), _embedder(model.untrained(), tokenizer), rows)
-    if model.mesh.rank == 0:
-        table = Table("features", "held-out accuracy", title=f"{output}, {texts}: {found.train} to fit, {found.test} held out")
-        for name, share in (("this run", found.accuracy), ("untrained", found.untrained), ("majority", found.majority)):
-            table.add_row(name, f"{share:.2%}")
-        out.print(table)
 
 
 @app.command(name="import")
@@ -498,22 +401,6 @@ def _of_layouts(seeded: bool) -> None:
         sound = all(result.passed for result in resumed)
     if not sound:
         raise typer.Exit(1)
-
-
-def _embedder(model: Any, tokenizer: Any) -> Any:
-    """Texts to embeddings, framed as the encoder has seen them and cut to its positions."""
-    vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"
-    room = model.build.model.positions - 2
-
-    def embed(texts: list[str]) -> Any:
-        found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
-        return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
-
-    return embed
-
-
-def _of(part: int, whole: list) -> str:
-    return f"{part} ({part / len(whole):.1%})" if whole else "-"
 
 
 def _determine() -> None:

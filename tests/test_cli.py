@@ -103,7 +103,9 @@ def test_eval_generate_and_preview(trained, run_file, tmp_path):
     out = ok("eval", trained, "--baselines", "--split", "test")
     assert "bigram" in out and "unigram" in out
     assert {"unigram", "bigram"} <= json.loads((trained / "eval-test.json").read_text()).keys()
-    assert "The" in ok("generate", trained, "--prompt", "The", "--tokens", 5)
+    (tmp_path / "prompts.txt").write_text("A class\nfor x in\n")
+    said = ok("generate", trained, "--prompt", "The", "--prompts", tmp_path / "prompts.txt", "--tokens", 5)
+    assert [line[:3] for line in said.splitlines() if line[:3] in ("The", "A c", "for")] == ["The", "A c", "for"]
     ok("preview", run_file, "objective.name=mlm", "--png", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 

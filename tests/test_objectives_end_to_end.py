@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from test_cli import ends, ok
@@ -64,8 +65,23 @@ def test_a_mixture_keeps_its_counts(trained):
 def test_infilling_and_reading_from_left_to_right(trained):
     output = trained("fim")
     assert "exact" in ok("infill", output, "--documents", "2", "--tokens", "4", "--split", "train")
+    told = ok("infill", output, "--before", "def f(x):", "--after", "return y", "--tokens", "4")
+    assert told.startswith("def f(x):") and told.rstrip().endswith("return y")
     ok("eval", output, "--split", "validation", "--max-tokens", "2000")
     assert "bits_per_byte" in json.loads((output / "eval-validation.json").read_text())["clm at step 4"]
+
+
+def test_masks_are_filled_and_vectors_written(trained, tmp_path, monkeypatch, capsys):
+    told = ok("fill", trained("mlm"), "--text", "import <mask> as <mask>", "--top", "3")
+    assert told.count("%") == 6
+    code, text = ends(monkeypatch, capsys, "fill", trained("mlm"), "--text", "nothing to find")
+    assert code == 2 and "there is no mask in the text: write <mask>" in text
+    code, text = ends(monkeypatch, capsys, "fill", trained("clm"), "--text", "a <mask>")
+    assert code == 2 and "predicts no masked words" in text
+    (tmp_path / "texts.txt").write_text("one\ntwo words\nthree more words\n")
+    ok("embed", trained("mlm"), tmp_path / "texts.txt", "-o", tmp_path / "vectors.npy", "--unit")
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert vectors.shape[0] == 3 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["simcse", "mlm", "electra", "clm"])

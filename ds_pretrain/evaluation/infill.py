@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ds_pretrain.core import rng
 from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.evaluation.generate import generate
 from ds_pretrain.objectives import Objective
 from ds_pretrain.objectives.fim import NAMES, FillInTheMiddle
@@ -81,17 +82,20 @@ def gaps(dataset: PretrainingDataset, count: int, seed: int = 0) -> Iterator[Gap
             yield Gap("".join(lines[:at]), lines[at], "".join(lines[at + 1 :]))
 
 
-def infill(model: FrozenModel, dataset: PretrainingDataset, gap: Gap, tokens: int = 64) -> Infilled:
-    """The missing line as the model writes it. Text beyond the model's window is cut off on the far sides."""
-    vocab, tokenizer = dataset.vocab, dataset.tokenizer
+def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int = 64, one_line: bool = True) -> Infilled:
+    """What is missing as the model writes it, one line of it or all. Text beyond the model's window is cut off on the far
+    sides."""
+    vocab = tokenizer.vocabulary
     pre, suf, mid = (vocab.names[name] for name in NAMES)
-    room = max(8, (dataset.seq_len - tokens - 4) // 2)
+    room = max(8, ((model.build.model.positions or 1 << 30) - tokens - 4) // 2)
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []
     for token in generate(model, prompt, vocab.eod, vocab.specials, tokens, temperature=0):
         ids.append(token)
-        if "\n" in tokenizer.decode([token]):
+        if one_line and "\n" in tokenizer.decode([token]):
             break
+    if not one_line:
+        return Infilled(gap, tokenizer.decode(ids))
     line, end, _ = tokenizer.decode(ids).partition("\n")
     return Infilled(gap, line + end)

@@ -1,6 +1,7 @@
 """Infilling: which line is missing, what the model is shown, and what counts as right."""
 
 import ast
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,12 +53,15 @@ def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatc
     seen = []
     line = dataset.tokenizer.encode("    return x\n").tolist()
     monkeypatch.setattr(task, "generate", lambda model, prompt, *_, **__: iter(seen.append(prompt) or line))
-    attempt = task.infill(None, dataset, CODE)
+    model = SimpleNamespace(build=SimpleNamespace(model=SimpleNamespace(positions=128)))
+    attempt = task.infill(model, dataset.tokenizer, CODE)
     pre, suf, mid = (dataset.vocab.names[name] for name in ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
     encode = dataset.tokenizer.encode
     assert seen == [[pre, *encode(CODE.before).tolist(), suf, *encode(CODE.after).tolist(), mid]]
     assert attempt.exact and attempt.parses
     long = Gap("x = 1\n" * 500, "y = 2\n", "z = 3\n" * 500)
-    task.infill(None, dataset, long, tokens=16)
+    task.infill(model, dataset.tokenizer, long, tokens=16)
     assert len(seen[1]) <= 128 - 16 - 1 and seen[1][0] == pre and seen[1][-1] == mid
     assert dataset.tokenizer.decode(seen[1][1 : seen[1].index(suf)]).endswith("x = 1\n")
+    line += dataset.tokenizer.encode("z = 3\n").tolist()
+    assert task.infill(model, dataset.tokenizer, CODE, one_line=False).written == "    return x\nz = 3\n"
