@@ -124,7 +124,7 @@ class PreTrainer:
         self.progress = progress and self.mesh.rank == 0
         self.step, self.tokens, self.consumed = 0, 0, Counter[str]()
         self.cursor: Cursor | MixedCursor = dataset.first
-        self._first_loss, self.diverging, self.changed = 0.0, False, ""
+        self._first_loss, self.diverging, self.changed, self.begun = 0.0, False, "", bool(init)
         self.audit = Audit(objective, dataset.vocab)
         self._held: IO[str] | None = None
         if self.output:
@@ -155,6 +155,8 @@ class PreTrainer:
             watch.say("\n".join(filter(None, [self._header(), self.changed])))
             for name, fit in self.dataset.packing().items() if watch.shown else ():
                 watch.say(f"{name}: {packed(fit)}")
+            if self.begun and self.step == 0 and self.eval_every:  # what the weights know before they learn
+                self._evaluate_all(metrics, watch, watchdog)
             while self.step < self.max_steps:
                 result = self._one_step(loader, metrics, watch)
                 watchdog.beat(f"step {self.step}")

@@ -165,6 +165,9 @@ def test_a_run_begins_with_the_weights_and_the_shape_of_another(data, runs, tmp_
     for shard, parameter in state.local_parameters(trainer.model):
         assert torch.equal(parameter, source.whole(shard.name))
     first = trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "begun" / "metrics.jsonl").read_text().splitlines()]
+    before, after = ([line for line in lines if "split" in line and line["step"] == step] for step in (0, 3))
+    assert len(before) == len(after) == 1 and before[0]["perplexity"] > after[0]["perplexity"]
     again = begun(data, runs, tmp_path, "clm", "clm")  # goes on with its own checkpoint
     assert again.step == 3 and first is not None
 
