@@ -1,6 +1,6 @@
 """Sources to documents: text, JSON lines, parquet (each also .gz or .zst), folders, `datasets`, the embedded corpus.
 
-A source is a string: a file, a folder, `datasets:NAME[:CONFIG[:SPLIT]]`, `embedded` or `embedded:stdlib`. What is a
+A source is a string: a file, a folder, `datasets:NAME[:CONFIG[:SPLIT]]`, `embedded` or `embedded:PART+PART`. What is a
 document: a line of .jsonl, a row of .parquet or of a dataset; in .txt what lies between form feeds, cut at a blank line
 once it exceeds 64 KB (at any line end once it exceeds 1 MB), so that a large file still splits by document.
 
@@ -107,10 +107,10 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
     before = ledger.kept.total()
     refused = ledger.refused.copy()
     name = str(source)
-    if name in ("embedded", "embedded:stdlib"):
+    if name.partition(":")[0] == "embedded":
         from ds_pretrain.data import embedded
 
-        yield from embedded.read(ledger, network=name == "embedded")
+        yield from embedded.read(ledger, embedded.parts(name))
     elif name.startswith("datasets:"):
         yield from _dataset(name, ledger, text_field)
     else:

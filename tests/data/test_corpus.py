@@ -317,3 +317,13 @@ def test_without_a_network_the_rest_is_read_and_it_says_so(monkeypatch, library)
 def test_a_giant_line_does_not_fill_memory():
     lines = list(corpus._lines(io.BytesIO(b"a\n" + b"x" * (3 * GIANT) + b"\nb")))
     assert [(len(line), giant) for line, giant in lines] == [(2, False), (GIANT + 1, True), (1, False)]
+
+
+def test_parts_of_the_embedded_corpus_are_what_the_whole_has(library):
+    _, whole = library
+    for part in ("code", "prose"):
+        ledger = Ledger()
+        assert list(read(f"embedded:{part}", ledger)) == [document for document in whole if document.source == part]
+        assert set(ledger.kept) == {part} and set(ledger.licences) == {part}
+    with pytest.raises(ValueError, match="unknown part of the embedded corpus 'codes': did you mean 'code'"):
+        list(read("embedded:prose+codes"))
