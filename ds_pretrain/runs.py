@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,9 +104,11 @@ def _strangers(config: RunConfig) -> Iterator[str]:
                 f"init {config.init} was trained with another tokenizer than {config.data.tokenizer or config.data.path} has: "
                 "prepare the text with its own (--tokenizer), or resize it with tools/tokenizer.py resize"
             )
-    ids = tokenizer.specials
-    if config.objective.get("name") and config.make_objective().kind != "causal" and ids["<mask>"] == ids["<eod>"]:
-        yield f"objective {config.objective['name']} needs special tokens that this tokenizer, of a causal model, lacks"
+    if tokenizer.specials["<mask>"] != tokenizer.specials["<eod>"]:
+        return
+    with contextlib.suppress(ValueError, TypeError):  # of an objective that cannot be, which is told elsewhere
+        if (objective := config.make_objective()).kind != "causal":
+            yield f"objective {objective.name} needs special tokens that this tokenizer, of a causal model, lacks"
 
 
 def _where(folder: Path) -> str:
