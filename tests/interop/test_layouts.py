@@ -69,7 +69,7 @@ def measured(runs, layout):
         objective, model = config.make_objective(), config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
         filled = deepspeed_json.filled(ZERO, mesh.replicas, ROWS, 1, 1.0)
         engine = create_engine(build_for(objective, model, mesh, LENGTH), objective, OptimizerConfig(), filled)
-        assert checkpoint.adopt(Snapshot(folder / "checkpoints" / "step-0"), engine) == []
+        assert checkpoint.adopt(Snapshot(folder / "checkpoints" / "step-0"), engine) == ([], [])
         with Loader(random_text(objective, LENGTH, ROWS), ROWS, ROWS, 0, 1, Cursor()) as loader:
             (batch,) = next(loader).batches
         asked = {name: target for name, target in batch.targets.items() if not objective.generator or name != "mlm"}
