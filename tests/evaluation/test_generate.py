@@ -108,7 +108,7 @@ def test_reading_on_gives_the_logits_of_reading_all(mesh, style):
         found = [read(tokens[:, :13], real[:, :13]), *(read(tokens[:, i : i + 1], real[:, i : i + 1]) for i in range(13, 20))]
     for step, got in enumerate(found, start=13):
         for row, start in enumerate((0, 7, 11)):
-            torch.testing.assert_close(got[row], model.logits(tokens[row : row + 1, start:step])[0], rtol=0, atol=2e-5)
+            torch.testing.assert_close(got[row], model.logits(tokens[row : row + 1, start:step])[0], rtol=0, atol=1e-4)
 
 
 def untrained(mesh, shape):
