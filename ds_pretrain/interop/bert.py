@@ -7,7 +7,7 @@ a model leaves with an embedding as wide as its layers and a group of its own fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from ds_pretrain.interop.rules import (
     FAMILIES,
     Family,
     Fields,
+    Name,
     Rule,
     Side,
     Way,
-    activation,
     both,
     grouped,
+    read,
     require,
     trained_for,
+    written,
 )
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
@@ -36,48 +38,32 @@ EMBEDDINGS = {
 }
 
 
+NAMES = {
+    "layers": Name("num_hidden_layers"),
+    "hidden": Name("hidden_size"),
+    "heads": Name("num_attention_heads"),
+    "ffn": Name("intermediate_size"),
+    "vocab": Name("vocab_size"),
+    "positions": Name("max_position_embeddings"),
+    "norm_eps": Name("layer_norm_eps", 1e-12),
+    "activation": Name("hidden_act", "gelu"),
+    "token_types": Name("type_vocab_size", 2),
+    "tie_embeddings": Name("tie_word_embeddings", True),
+    "dropout": Name("hidden_dropout_prob", 0.1),
+    "attention_dropout": Name("attention_probs_dropout_prob", 0.1),
+    "init_std": Name("initializer_range", 0.02),
+}
+
+
 def shape_of(c: Fields) -> ModelConfig:
     """The model of a config with BERT's names."""
     require(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    dropout = c.get("hidden_dropout_prob", 0.1)
-    return ModelConfig.model_validate(
-        {
-            "layers": c["num_hidden_layers"],
-            "hidden": c["hidden_size"],
-            "heads": c["num_attention_heads"],
-            "ffn": c["intermediate_size"],
-            "vocab": c["vocab_size"],
-            "positions": c["max_position_embeddings"],
-            "norm_position": "post",
-            "norm_eps": c.get("layer_norm_eps", 1e-12),
-            "activation": activation(c.get("hidden_act", "gelu")),
-            "token_types": c.get("type_vocab_size", 2),
-            "head_transform": True,
-            "tie_embeddings": c.get("tie_word_embeddings", True),
-            "dropout": dropout,
-            "attention_dropout": c.get("attention_probs_dropout_prob", 0.1),
-            "init_std": c.get("initializer_range", 0.02),
-        }
-    )
+    return ModelConfig.model_validate({**read(c, NAMES), "norm_position": "post", "head_transform": True})
 
 
-def fields_of(m: ModelConfig) -> dict[str, object]:
+def fields_of(m: ModelConfig) -> Fields:
     """The other way round."""
-    return {
-        "num_hidden_layers": m.layers,
-        "hidden_size": m.hidden,
-        "num_attention_heads": m.heads,
-        "intermediate_size": m.ffn_width,
-        "vocab_size": m.vocab,
-        "max_position_embeddings": m.positions,
-        "type_vocab_size": m.token_types,
-        "layer_norm_eps": m.norm_eps,
-        "hidden_act": ACTIVATIONS[m.activation],
-        "hidden_dropout_prob": m.dropout,
-        "attention_probs_dropout_prob": m.dropout if m.attention_dropout is None else m.attention_dropout,
-        "tie_word_embeddings": m.tie_embeddings,
-        "initializer_range": m.init_std,
-    }
+    return written(m, NAMES)
 
 
 def is_encoder(m: ModelConfig, objective: Objective) -> bool:
@@ -95,17 +81,29 @@ def embedding_rules(prefix: str) -> Iterator[Rule]:
     yield from both("embed.norm", f"{prefix}embeddings.LayerNorm")
 
 
+LAYER = {
+    "self_attention.linear_proj": "attention.output.dense",
+    "pre_cross_attn_layernorm": "attention.output.LayerNorm",
+    "mlp.linear_fc1": "intermediate.dense",
+    "mlp.linear_fc2": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+"""Parts of a layer, ours and BERT's. Queries, keys and values come on top."""
+
+
 def layer_rules(model: ModelConfig, prefix: str, logical: str = "") -> Iterator[Rule]:
     """The encoder's layers."""
+    return _layers(model, prefix + "encoder.layer.{}", logical, "attention.self", LAYER)
+
+
+def _layers(model: ModelConfig, place: str, logical: str, attention: str, parts: Mapping[str, str]) -> Iterator[Rule]:
+    """place: of layer {}. attention: where its queries, keys and values are."""
     for i in range(model.layers):
-        ours, theirs = f"{logical}layers.{i}", f"{prefix}encoder.layer.{i}"
-        qkv = tuple(f"{theirs}.attention.self.{x}" for x in ("query", "key", "value"))
+        ours, theirs = f"{logical}layers.{i}", place.format(i)
+        qkv = tuple(f"{theirs}.{attention}.{x}" for x in ("query", "key", "value"))
         yield from both(f"{ours}.self_attention.linear_qkv", qkv, grouped(model))
-        yield from both(f"{ours}.self_attention.linear_proj", f"{theirs}.attention.output.dense")
-        yield from both(f"{ours}.pre_cross_attn_layernorm", f"{theirs}.attention.output.LayerNorm")
-        yield from both(f"{ours}.mlp.linear_fc1", f"{theirs}.intermediate.dense")
-        yield from both(f"{ours}.mlp.linear_fc2", f"{theirs}.output.dense")
-        yield from both(f"{ours}.output_norm", f"{theirs}.output.LayerNorm")
+        for mine, name in parts.items():
+            yield from both(f"{ours}.{mine}", f"{theirs}.{name}")
 
 
 def _word_rules(model: ModelConfig, transform: str, norm: str, predictions: str) -> Iterator[Rule]:
@@ -208,20 +206,21 @@ def _unmapped(word: Tensor) -> tuple[Tensor, ...]:
     return word, torch.eye(width, dtype=word.dtype), word.new_zeros(width)
 
 
+ALBERT_LAYER = {
+    "self_attention.linear_proj": "attention.dense",
+    "pre_cross_attn_layernorm": "attention.LayerNorm",
+    "mlp.linear_fc1": "ffn",
+    "mlp.linear_fc2": "ffn_output",
+    "output_norm": "full_layer_layer_norm",
+}
+
+
 def _albert_rules(model: ModelConfig) -> Iterator[Rule]:
     mapping = "albert.encoder.embedding_hidden_mapping_in"
     words, *others = embedding_rules("albert.")
     yield words._replace(stored=(*words.stored, f"{mapping}.weight", f"{mapping}.bias"), way=Way(_mapped, _unmapped))
     yield from others
-    for i in range(model.layers):
-        ours, theirs = f"layers.{i}", f"albert.encoder.albert_layer_groups.{i}.albert_layers.0"
-        qkv = tuple(f"{theirs}.attention.{x}" for x in ("query", "key", "value"))
-        yield from both(f"{ours}.self_attention.linear_qkv", qkv, grouped(model))
-        yield from both(f"{ours}.self_attention.linear_proj", f"{theirs}.attention.dense")
-        yield from both(f"{ours}.pre_cross_attn_layernorm", f"{theirs}.attention.LayerNorm")
-        yield from both(f"{ours}.mlp.linear_fc1", f"{theirs}.ffn")
-        yield from both(f"{ours}.mlp.linear_fc2", f"{theirs}.ffn_output")
-        yield from both(f"{ours}.output_norm", f"{theirs}.full_layer_layer_norm")
+    yield from _layers(model, "albert.encoder.albert_layer_groups.{}.albert_layers.0", "", "attention", ALBERT_LAYER)
 
 
 def _albert(model: ModelConfig, objective: Objective) -> Side:

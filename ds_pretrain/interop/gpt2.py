@@ -7,60 +7,47 @@ from collections.abc import Iterator
 from ds_pretrain.interop.rules import (
     ACTIVATIONS,
     FAMILIES,
-    SAME,
     TRANSPOSED,
     Family,
     Fields,
+    Name,
     Rule,
     Side,
-    activation,
     both,
     fused,
+    read,
     require,
     trained_for,
+    written,
 )
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 
+NAMES = {
+    "layers": Name("n_layer"),
+    "hidden": Name("n_embd"),
+    "heads": Name("n_head"),
+    "ffn": Name("n_inner", None),
+    "vocab": Name("vocab_size"),
+    "positions": Name("n_positions"),
+    "norm_eps": Name("layer_norm_epsilon", 1e-5),
+    "activation": Name("activation_function", "gelu_new"),
+    "tie_embeddings": Name("tie_word_embeddings", True),
+    "dropout": Name("resid_pdrop", 0.1),
+    "attention_dropout": Name("attn_pdrop", 0.1),
+    "init_std": Name("initializer_range", 0.02),
+}
+
 
 def _model(c: Fields) -> ModelConfig:
     require(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    dropout = c.get("resid_pdrop", 0.1)
-    require({"embd_pdrop": 0.1, **c}, embd_pdrop=dropout)
-    return ModelConfig.model_validate(
-        {
-            "layers": c["n_layer"],
-            "hidden": c["n_embd"],
-            "heads": c["n_head"],
-            "ffn": c.get("n_inner"),
-            "vocab": c["vocab_size"],
-            "positions": c["n_positions"],
-            "norm_eps": c.get("layer_norm_epsilon", 1e-5),
-            "activation": activation(c.get("activation_function", "gelu_new")),
-            "tie_embeddings": c.get("tie_word_embeddings", True),
-            "dropout": dropout,
-            "attention_dropout": c.get("attn_pdrop", 0.1),
-            "init_std": c.get("initializer_range", 0.02),
-        }
-    )
+    found = read(c, NAMES)
+    require({"embd_pdrop": 0.1, **c}, embd_pdrop=found["dropout"])
+    return ModelConfig.model_validate(found)
 
 
 def _fields(m: ModelConfig) -> Fields:
-    return {
-        "n_layer": m.layers,
-        "n_embd": m.hidden,
-        "n_head": m.heads,
-        "n_inner": m.ffn,  # None is four times n_embd on both sides
-        "vocab_size": m.vocab,
-        "n_positions": m.positions,
-        "layer_norm_epsilon": m.norm_eps,
-        "activation_function": ACTIVATIONS[m.activation],
-        "tie_word_embeddings": m.tie_embeddings,
-        "resid_pdrop": m.dropout,
-        "embd_pdrop": m.dropout,
-        "attn_pdrop": m.dropout if m.attention_dropout is None else m.attention_dropout,
-        "initializer_range": m.init_std,
-    }
+    return {**written(m, NAMES), "embd_pdrop": m.dropout, "n_inner": m.ffn}  # None is four times n_embd on both sides
 
 
 def _rules(model: ModelConfig) -> Iterator[Rule]:
@@ -76,7 +63,7 @@ def _rules(model: ModelConfig) -> Iterator[Rule]:
         yield from both(f"{ours}.mlp.linear_fc2", f"{theirs}.mlp.c_proj", TRANSPOSED)
     yield from both("head.final_norm", "transformer.ln_f")
     if not model.tie_embeddings:
-        yield Rule("output.weight", ("lm_head.weight",), SAME)
+        yield Rule("output.weight", ("lm_head.weight",))
 
 
 def _takes(m: ModelConfig, objective: Objective) -> bool:

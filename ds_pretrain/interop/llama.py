@@ -4,61 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ds_pretrain.interop.rules import FAMILIES, STACKED, Family, Fields, Rule, Side, both, grouped, require, trained_for
+from ds_pretrain.interop.rules import (
+    FAMILIES,
+    STACKED,
+    Family,
+    Fields,
+    Name,
+    Rule,
+    Side,
+    both,
+    grouped,
+    read,
+    require,
+    trained_for,
+    written,
+)
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 
+NAMES = {
+    "layers": Name("num_hidden_layers"),
+    "hidden": Name("hidden_size"),
+    "heads": Name("num_attention_heads"),
+    "kv_heads": Name("num_key_value_heads", None),
+    "ffn": Name("intermediate_size"),
+    "vocab": Name("vocab_size"),
+    "positions": Name("max_position_embeddings", None),
+    "norm_eps": Name("rms_norm_eps", 1e-6),
+    "bias": Name("attention_bias", False),
+    "tie_embeddings": Name("tie_word_embeddings", False),
+    "attention_dropout": Name("attention_dropout", 0.0),
+    "init_std": Name("initializer_range", 0.02),
+}
+
 
 def _model(c: Fields) -> ModelConfig:
-    heads, rope = c["num_attention_heads"], c.get("rope_scaling") or c.get("rope_parameters") or {}
-    bias = c.get("attention_bias", False)
-    require(c, hidden_act="silu", mlp_bias=bias, pretraining_tp=1, partial_rotary_factor=1.0)
+    found, rope = read(c, NAMES), c.get("rope_scaling") or c.get("rope_parameters") or {}
+    require(c, hidden_act="silu", mlp_bias=found["bias"], pretraining_tp=1, partial_rotary_factor=1.0)
     if c.get("head_dim") is not None:
-        require(c, head_dim=c["hidden_size"] // heads)
+        require(c, head_dim=found["hidden"] // found["heads"])
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"rotary positions of type {scaling!r} are not ours: only 'default', on whole heads ({rope})")
+    base = rope.get("rope_theta", c.get("rope_theta", 10000.0))
     return ModelConfig.model_validate(
-        {
-            "layers": c["num_hidden_layers"],
-            "hidden": c["hidden_size"],
-            "heads": heads,
-            "kv_heads": c.get("num_key_value_heads"),
-            "ffn": c["intermediate_size"],
-            "vocab": c["vocab_size"],
-            "positions": c.get("max_position_embeddings"),
-            "norm": "rmsnorm",
-            "norm_eps": c.get("rms_norm_eps", 1e-6),
-            "activation": "swiglu",
-            "position": "rope",
-            "rope_base": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-            "bias": bias,
-            "tie_embeddings": c.get("tie_word_embeddings", False),
-            "attention_dropout": c.get("attention_dropout", 0.0),
-            "init_std": c.get("initializer_range", 0.02),
-        }
+        {**found, "norm": "rmsnorm", "activation": "swiglu", "position": "rope", "rope_base": base}
     )
 
 
 def _fields(m: ModelConfig) -> Fields:
     return {
-        "num_hidden_layers": m.layers,
-        "hidden_size": m.hidden,
-        "num_attention_heads": m.heads,
-        "num_key_value_heads": m.groups,
+        **written(m, NAMES),
         "head_dim": m.head_dim,
-        "intermediate_size": m.ffn_width,
-        "vocab_size": m.vocab,
-        "max_position_embeddings": m.positions,
         "hidden_act": "silu",
-        "rms_norm_eps": m.norm_eps,
+        "mlp_bias": m.bias,
         "rope_theta": m.rope_base,  # where transformers before 5 looks
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_base},
-        "attention_bias": m.bias,
-        "mlp_bias": m.bias,
-        "attention_dropout": m.dropout if m.attention_dropout is None else m.attention_dropout,
-        "tie_word_embeddings": m.tie_embeddings,
-        "initializer_range": m.init_std,
     }
 
 

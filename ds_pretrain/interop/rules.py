@@ -134,6 +134,30 @@ def trained_for(classes: Mapping[str, str], other: str) -> Callable[[str | None,
     return choose
 
 
+class Name(NamedTuple):
+    """What a config calls a field of ours. default: the field's value where the config leaves it out; none: it may not."""
+
+    theirs: str
+    default: Any = ...
+
+
+def read(fields: Fields, names: Mapping[str, Name]) -> dict[str, Any]:
+    """Our fields as a config has them. KeyError naming one that must be there."""
+    found = {
+        ours: fields[name.theirs] if name.default is ... else fields.get(name.theirs, name.default)
+        for ours, name in names.items()
+    }
+    return found | ({"activation": activation(found["activation"])} if "activation" in found else {})
+
+
+def written(m: ModelConfig, names: Mapping[str, Name]) -> dict[str, Any]:
+    """The way back, with what ours derives spelled out."""
+    dropped = m.dropout if m.attention_dropout is None else m.attention_dropout
+    derived = {"ffn": m.ffn_width, "kv_heads": m.groups, "attention_dropout": dropped}
+    whole = m.model_dump() | derived | {"activation": ACTIVATIONS.get(m.activation)}
+    return {name.theirs: whole[ours] for ours, name in names.items()}
+
+
 def require(fields: Fields, **wanted: Any) -> None:
     """Refuse arithmetic that our layers do not have; a field that is absent has the wanted value by default."""
     wrong = [

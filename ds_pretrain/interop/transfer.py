@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Arrival:
     objective: Objective
     sources: Sequence[Source]
     config: Mapping[str, Any]
-    fresh: Sequence[str] = field(default=())
-    left_out: Sequence[str] = field(default=())
+    fresh: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
     @staticmethod
     def of(folder: Path, generator: Path | None = None, objective: str | None = None, pickles: bool = False) -> Arrival:
@@ -117,17 +117,15 @@ class Arrival:
 
     def parameters(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by logical name, fp32."""
-        shapes = parameter_shapes(self.model, self.objective)
-        for name, shape in shapes.items():
+        rules: dict[str, list[tuple[Source, Rule]]] = {}
+        for source in self.sources:
+            for rule in source.side.rules:
+                rules.setdefault(rule.logical, []).append((source, rule))
+        for name, shape in parameter_shapes(self.model, self.objective).items():
             if name in self.fresh:
                 yield name, initial_value(name, shape, self.model, seed)
                 continue
-            found = [
-                (source, rule)
-                for source in self.sources
-                for rule in source.side.rules
-                if rule.logical == name and source.has(rule)
-            ]
+            found = [(source, rule) for source, rule in rules[name] if source.has(rule)]
             first, *others = (source.parameter(rule) for source, rule in found)
             if not all(torch.equal(first, other) for other in others):
                 folders = " and ".join(str(source.stored.folder) for source, _ in found)
