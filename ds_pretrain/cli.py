@@ -83,6 +83,23 @@ def prepare(
 
 
 @app.command()
+def tasks(
+    prepared: Annotated[Path, typer.Argument(help="A folder that `prepare` wrote; its sources must still be there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for passages.tsv and cloze.jsonl.")],
+    split: Annotated[str, typer.Option(help="Whose documents: test or validation.")] = "test",
+) -> None:
+    """Make tasks from held-out text: which file is a passage from (for `probe`), what is its last word (for lm-eval)."""
+    from ds_pretrain.curation.tasks import make
+
+    found = make(prepared, output, split)
+    table = Table("task", "examples", "", title=str(output), title_justify="left")
+    told = f"{found.classes} files, the largest {found.majority:.1%}: ds-pretrain probe RUN {output}/passages.tsv"
+    table.add_row("passages.tsv", f"{found.passages:,}", told)
+    table.add_row("cloze.jsonl", f"{found.cloze:,}", "last words: lm_eval --include_path ds_configs/lm_eval")
+    out.print(table)
+
+
+@app.command()
 def train(
     run: Run,
     overrides: Overrides = None,

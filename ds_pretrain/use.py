@@ -181,6 +181,23 @@ def probe(
         out.print(table)
 
 
+@app.command()
+def memorised(
+    output: Output,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens that are given.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that must come out as they are.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to try for each number of occurrences, at most.")] = 200,
+) -> None:
+    """Say how much of its training text a causal run gives back verbatim, by how often that text occurs in it."""
+    from ds_pretrain.evaluation import memorisation
+
+    (model, _), data = load_model(output), data_of(output)
+    found = memorisation.memorised(model, data.split("train").store, data.split("test").store, prompt, tokens, windows)
+    if model.mesh.rank == 0:
+        title = f"{output}: {tokens} tokens after {prompt}, greedy; 0 are windows of the test split"
+        out.print(memorisation.table(found, title))
+
+
 def embedder(model: Any, tokenizer: Any) -> Any:
     """Texts to embeddings, framed as the encoder has seen them and cut to its positions."""
     vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"

@@ -109,8 +109,8 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
                 save_tokenizer(tokenizer, objective, snapshot.manifest["model"]["positions"], attempt / place)
             if objective.kind == "causal":
                 (attempt / place / "generation_config.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
-        if any(head.classes == 0 for head in objective.heads):
-            _sentence_model(attempt)
+        if objective.kind == "full":
+            _sentence_model(attempt / next(iter(sides)), objective.pooling)
         (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
     return [folder / place for place in sides]
 
@@ -121,10 +121,11 @@ MODULES = [
 ]
 
 
-def _sentence_model(folder: Path) -> None:
-    """What sentence-transformers asks for: the state of [CLS] is the embedding."""
+def _sentence_model(folder: Path, pooled: str) -> None:
+    """What sentence-transformers asks for, to embed a text as `ds-pretrain embed` does."""
     width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    modes = {"pooling_mode_cls_token": pooled == "cls", "pooling_mode_mean_tokens": pooled == "mean"}
+    pooling = {"word_embedding_dimension": width, **modes}
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2), encoding="utf-8")
     (folder / "modules.json").write_text(json.dumps(MODULES, indent=2), encoding="utf-8")

@@ -82,6 +82,11 @@ class Objective(ABC):
         return self
 
     @property
+    def pooling(self) -> Literal["cls", "mean"]:
+        """What stands for a text: the state of its first position where a head is trained on that, else the mean of all."""
+        return "cls" if any(head.classes is not None and head.activation == "tanh" for head in self.heads) else "mean"
+
+    @property
     def variants(self) -> tuple[Variant, ...]:
         """What a sample may be made by: nearly always this objective alone."""
         return (self,)

