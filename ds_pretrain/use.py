@@ -30,16 +30,16 @@ def generate(
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
 ) -> None:
     """Continue texts with the newest checkpoint of a causal run, or of a masked diffusion run."""
-    from ds_pretrain.evaluation.generate import continue_all, unmask
+    from ds_pretrain.evaluation.generate import Sampling, continue_all, unmask
 
     model, tokenizer = load_model(output)
     vocab = tokenizer.vocabulary
     texts = [*(prompt or []), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])] or [""]
-    starts = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    starts, how = [ids.tolist() for ids in tokenizer.encode_batch(texts)], Sampling(tokens, temperature, top_k, top_p, seed)
     if model.objective.measure == "bound":
-        found = [unmask(model, start, vocab.mask, vocab.specials, tokens, temperature, seed=seed) for start in starts]
+        found = [unmask(model, start, vocab.mask, vocab.specials, how) for start in starts]
     else:
-        steps = list(continue_all(model, starts, vocab.eod, _never(model, vocab), tokens, temperature, top_k, top_p, seed))
+        steps = list(continue_all(model, [[vocab.eod, *ids] for ids in starts], vocab.eod, _never(model, vocab), how))
         found = [[token for step in steps if (token := step[i]) is not None] for i in range(len(starts))]
     for text, ids in zip(texts, found, strict=True) if model.mesh.rank == 0 else ():
         out.print(f"[bold]{escape(text)}[/bold]{escape(tokenizer.decode(ids))}", soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +18,22 @@ from ds_pretrain.core import rng
 from ds_pretrain.training.inference import FrozenModel
 
 
+class Sampling(NamedTuple):
+    """How text is drawn. tokens: new ones at most. temperature: 0 is greedy. top_k: keep so many candidates, 0 all. top_p: keep
+    this much probability. seed: another seed, another text."""
+
+    tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+
 def generate(
-    model: FrozenModel,
-    prompt: Sequence[int],
-    eod: int,
-    banned: frozenset[int],
-    tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    seed: int = 0,
+    model: FrozenModel, prompt: Sequence[int], eod: int, banned: frozenset[int], how: Sampling = Sampling()
 ) -> Iterator[int]:
-    """Up to `tokens` new ids after one prompt, until the model ends the document; see `continue_all`."""
-    for (token,) in continue_all(model, [prompt], eod, banned, tokens, temperature, top_k, top_p, seed):
+    """The new ids of a document that begins with `prompt`, until the model ends it; see `continue_all`."""
+    for (token,) in continue_all(model, [[eod, *prompt]], eod, banned, how):
         if token is None:
             return
         yield token
@@ -37,40 +41,36 @@ def generate(
 
 def continue_all(
     model: FrozenModel,
-    prompts: Sequence[Sequence[int]],
+    beginnings: Sequence[Sequence[int]],
     eod: int,
     banned: frozenset[int],
-    tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    seed: int = 0,
+    how: Sampling = Sampling(),
     cache: bool = True,
 ) -> Iterator[list[int | None]]:
-    """The next id after each prompt, up to `tokens` times: None where the model has ended the document.
+    """The next id of each text, so often as is asked for: None where the model has ended the document.
 
-    A prompt follows an end-of-document id as documents do in training. banned: ids that are never produced (specials other
-    than `eod`). temperature 0 is greedy. What is drawn for a prompt depends on the seed and its number, not on the others.
+    beginnings: ids to go on from; those of a whole document begin with `eod`, as in training. banned: ids that are never
+    produced (specials other than `eod`). What is drawn for a text depends on the seed and its number, not on the others.
     Texts are read once, with keys and values kept (cache), until one of them is longer than the model's positions: from there
     on its window slides, and is read anew for each token.
     """
     if model.objective.kind != "causal":
         raise ValueError(f"objective {model.objective.name} does not generate from left to right: use a causal run")
     window = model.build.model.positions or 1 << 30
-    texts: list[list[int]] = [[eod, *prompt] for prompt in prompts]
-    draws = [rng.torch_generator("generate", seed, number) for number in range(len(texts))]
+    texts = [list(ids) for ids in beginnings]
+    draws = [rng.torch_generator("generate", how.seed, number) for number in range(len(texts))]
     never = torch.tensor(sorted(banned - {eod}), dtype=torch.long)
     ended = [False] * len(texts)
     with contextlib.ExitStack() as stack:
         read = stack.enter_context(model.reading()) if cache else None
-        for number in range(tokens):
+        for number in range(how.tokens):
             if read and max(map(len, texts)) > window:
                 stack.close()
                 read = None
             logits = _read_on(read, texts, ended, number == 0) if read else _read_all(model, texts, ended, window)
             logits[:, never] = -torch.inf
             for row in (row for row, over in enumerate(ended) if not over):
-                texts[row].append(_draw(logits[row], temperature, top_k, top_p, draws[row]))
+                texts[row].append(_draw(logits[row], how, draws[row]))
                 ended[row] = texts[row][-1] == eod
             if all(ended):
                 return
@@ -100,27 +100,25 @@ def unmask(
     prompt: list[int],
     mask: int,
     banned: frozenset[int],
-    tokens: int = 100,
-    temperature: float = 0.8,
+    how: Sampling = Sampling(),
     block: int = 32,
     steps: int = 16,
-    seed: int = 0,
 ) -> list[int]:
-    """Exactly `tokens` new ids after the prompt, by a model that predicts hidden tokens from both sides.
+    """Exactly `how.tokens` new ids after the prompt, by a model that predicts hidden tokens from both sides.
 
-    block: places that are uncovered together. steps: passes for each block. temperature 0 takes the most probable ids.
+    block: places that are uncovered together. steps: passes for each block. Of `how` top_k and top_p do not count.
     """
     if model.objective.measure != "bound":
         raise ValueError(f"objective {model.objective.name} is no diffusion: use a run of masked diffusion")
     room = model.build.model.positions
-    if room and len(prompt) + tokens > room:
+    if room and len(prompt) + how.tokens > room:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens and {tokens} new ones are more than the {room} positions of this model: ask for "
-            f"at most {max(0, room - len(prompt))}"
+            f"a prompt of {len(prompt)} tokens and {how.tokens} new ones are more than the {room} positions of this model: "
+            f"ask for at most {max(0, room - len(prompt))}"
         )
     never = torch.tensor(sorted(banned), dtype=torch.long)
-    ids = torch.tensor([[*prompt, *[mask] * tokens]])
-    generator = rng.torch_generator("unmask", seed)
+    ids = torch.tensor([[*prompt, *[mask] * how.tokens]])
+    generator = rng.torch_generator("unmask", how.seed)
     for start in range(len(prompt), ids.shape[1], block):
         here = torch.zeros_like(ids, dtype=torch.bool)
         here[:, start : start + block] = True
@@ -130,7 +128,7 @@ def unmask(
             logits = model.logits_at(ids, hidden).float().cpu()
             logits[:, never] = -torch.inf
             probability = logits.softmax(-1)
-            drawn = _sample(logits, temperature, generator)
+            drawn = _sample(logits, how.temperature, generator)
             sure = probability.gather(1, drawn[:, None])[:, 0]
             count = -(-left // step)
             keep = sure.topk(count).indices
@@ -149,12 +147,12 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> T
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+def _draw(logits: Tensor, how: Sampling, generator: torch.Generator) -> int:
+    if how.temperature == 0:
         return int(logits.argmax())
     order = logits.argsort(descending=True)
-    probability = (logits[order] / temperature).softmax(0)
-    keep = probability.cumsum(0) - probability < top_p
-    if top_k:
-        keep[top_k:] = False
+    probability = (logits[order] / how.temperature).softmax(0)
+    keep = probability.cumsum(0) - probability < how.top_p
+    if how.top_k:
+        keep[how.top_k :] = False
     return int(order[torch.multinomial(probability * keep, 1, generator=generator)])

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ds_pretrain.core import rng
 from ds_pretrain.data.store import Store
-from ds_pretrain.evaluation.generate import continue_all
+from ds_pretrain.evaluation.generate import Sampling, continue_all
 from ds_pretrain.training.inference import FrozenModel
 
 BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -115,7 +115,7 @@ def _verbatim(model: FrozenModel, eod: int, ids: np.ndarray, prompt: int) -> int
     """How many of these windows come out as they are."""
     done = 0
     for rows in np.array_split(ids, range(ROWS, len(ids), ROWS)):
-        steps = continue_all(model, rows[:, :prompt].tolist(), eod, frozenset(), ids.shape[1] - prompt, temperature=0)
+        steps = continue_all(model, rows[:, :prompt].tolist(), eod, frozenset(), Sampling(ids.shape[1] - prompt, 0))
         written = np.array([[-1 if token is None else token for token in step] for step in steps]).reshape(-1, len(rows)).T
         done += sum(np.array_equal(mine, row[prompt:]) for mine, row in zip(written, rows, strict=True))
     return done

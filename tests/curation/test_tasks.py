@@ -46,7 +46,7 @@ def test_a_cloze_asks_for_the_word_that_follows(prepared):
 def test_what_cannot_make_a_task_is_told(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"0 files with 100,?000 or more.*--split 0.9,0.05,0.05"):
         make(prepared / "data", tmp_path / "tasks", least=100000)
-    with pytest.raises(ValueError, match="manifest.json does not exist: give a folder that ds-pretrain prepare wrote"):
+    with pytest.raises(ValueError, match=r"manifest.json does not exist: give a folder that ds-pretrain prepare wrote"):
         make(tmp_path, tmp_path / "tasks")
     with pytest.raises(ValueError, match="unknown split 'tests'"):
         make(prepared / "data", tmp_path / "tasks", "tests")
@@ -56,5 +56,5 @@ def test_what_cannot_make_a_task_is_told(prepared, tmp_path):
     manifest = changed / "data/manifest.json"
     manifest.write_text(manifest.read_text().replace(str(prepared / "text"), str(changed / "text")))
     next((changed / "text").iterdir()).write_text("another text")
-    with pytest.raises(ValueError, match="text has changed since .*data was prepared from it: prepare it again"):
+    with pytest.raises(ValueError, match=r"text has changed since .*data was prepared from it: prepare it again"):
         make(changed / "data", tmp_path / "tasks", least=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_pretrain.data.dataset import PretrainingDataset
-from ds_pretrain.evaluation.generate import continue_all, generate, unmask
+from ds_pretrain.evaluation.generate import Sampling, continue_all, generate, unmask
 from ds_pretrain.evaluation.perplexity import evaluate, evaluate_perplexity
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
@@ -58,12 +58,12 @@ def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained)
     _, dataset, output = trained
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
     prompt = dataset.tokenizer.encode("The import").tolist()
-    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, tokens=5, temperature=0))
+    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(5, 0)))
     logits = model.logits(torch.tensor([[vocab.eod, *prompt]]))[0]
     logits[sorted(vocab.specials - {vocab.eod})] = -torch.inf
     assert greedy[0] == int(logits.argmax())
     once, twice, other = (
-        list(generate(model, prompt, vocab.eod, vocab.specials, tokens=80, top_k=50, seed=seed)) for seed in (1, 1, 2)
+        list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(80, top_k=50, seed=seed))) for seed in (1, 1, 2)
     )
     assert once == twice != other
     assert not set(once) & vocab.specials
@@ -76,8 +76,8 @@ def texts_of(output, data, tensor, temperature, cache):
     """What comes of all prompts at once, step by step."""
     dataset = PretrainingDataset(data, seq_len=64, objective="clm")
     model, vocab = FrozenModel(output, create("clm"), ParallelPlan(tensor=tensor)), dataset.vocab
-    prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
-    return list(continue_all(model, prompts, vocab.eod, vocab.specials, 90, temperature, seed=3, cache=cache))
+    prompts = [[vocab.eod, *dataset.tokenizer.encode(text).tolist()] for text in PROMPTS]
+    return list(continue_all(model, prompts, vocab.eod, vocab.specials, Sampling(90, temperature, seed=3), cache))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -93,9 +93,10 @@ def test_a_prompt_is_continued_the_same_in_any_company(trained, data):
     _, dataset, output = trained
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
     prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
-    together = list(continue_all(model, prompts, vocab.eod, vocab.specials, 40, temperature=0))
+    texts = [[vocab.eod, *prompt] for prompt in prompts]
+    together = list(continue_all(model, texts, vocab.eod, vocab.specials, Sampling(40, 0)))
     for number, prompt in enumerate(prompts):
-        alone = list(generate(model, prompt, vocab.eod, vocab.specials, 40, temperature=0))
+        alone = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(40, 0)))
         assert alone == [step[number] for step in together if step[number] is not None]
 
 
@@ -149,11 +150,12 @@ class Counting:
 
 def test_unmasking_uncovers_the_surest_first_block_by_block():
     model = Counting()
-    found = unmask(model, [50, 51], mask=99, banned=frozenset({99}), tokens=10, temperature=0, block=4, steps=2)
+    found = unmask(model, [50, 51], 99, frozenset({99}), Sampling(10, 0), block=4, steps=2)
     assert found == list(range(2, 12))
     assert model.seen == [4, 2, 4, 2, 2, 1], "two passes a block, half of it each"
-    assert unmask(model, [], 99, frozenset({99}), 3, 0.8, seed=1) == unmask(model, [], 99, frozenset({99}), 3, 0.8, seed=1)
-    assert 99 not in unmask(model, [1], 99, frozenset({99}), 64, temperature=5.0)
+    once, twice = (unmask(model, [], 99, frozenset({99}), Sampling(3, 0.8, seed=1)) for _ in range(2))
+    assert once == twice
+    assert 99 not in unmask(model, [1], 99, frozenset({99}), Sampling(64, 5.0))
     with pytest.raises(ValueError, match="is no diffusion"):
         unmask(trained_for("mlm"), [], 99, frozenset())
 
@@ -164,4 +166,4 @@ def trained_for(name):
 
 def test_unmasking_more_than_there_are_positions_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match=r"a prompt of 2 tokens and 10 new ones are more than the 11 positions .* at most 9"):
-        unmask(Counting(11), [50, 51], 99, frozenset({99}), 10)
+        unmask(Counting(11), [50, 51], 99, frozenset({99}), Sampling(10))

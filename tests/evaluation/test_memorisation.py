@@ -52,8 +52,8 @@ class Parrot:
     def __init__(self, known):
         self.known = {tuple(row[:4]): row[4:].tolist() for row in known}
 
-    def continue_all(self, model, prompts, eod, banned, tokens, temperature):
-        assert temperature == 0 and tokens == 2
+    def continue_all(self, model, prompts, eod, banned, how):
+        assert how.temperature == 0 and how.tokens == 2
         rows = [self.known.get(tuple(prompt), [7, None]) for prompt in prompts]
         yield from ([row[i] for row in rows] for i in range(2))
 
@@ -77,7 +77,7 @@ def test_a_model_that_has_read_a_text_often_knows_it(tmp_path):
         [str(path) for path in tmp_path.glob("*.txt")], tmp_path / "data", vocab_size=600, split=(0.6, 0.2, 0.2), quiet=True
     )
     values = {
-        "model": {"layers": 2, "hidden": 96, "heads": 4}, "data": {"path": str(tmp_path / "data")},
+        "model": {"layers": 2, "hidden": 96, "heads": 4, "position": "rope"}, "data": {"path": str(tmp_path / "data")},
         "batch": {"global_size": 8, "seq_len": 64}, "optimizer": {"lr": 4e-3, "warmup_steps": 10},
         "train": {"max_steps": 200}, "output": str(tmp_path / "run"),
     }  # fmt: skip
@@ -85,11 +85,11 @@ def test_a_model_that_has_read_a_text_often_knows_it(tmp_path):
     trainer = make_trainer(*open_run(str(tmp_path / "run.yaml"), []))
     trainer.progress = False
     trainer.train()
-    told = CliRunner().invoke(app, ["memorised", str(tmp_path / "run"), "--prompt", "8", "--tokens", "4", "--windows", "60"])
+    told = CliRunner().invoke(app, ["memorised", str(tmp_path / "run"), "--prompt", "28", "--tokens", "4", "--windows", "60"])
     assert told.exit_code == 0 and "occurrences" in told.output, told.output
     (model, _), data = load_model(str(tmp_path / "run")), trainer.dataset
-    found = memorised(model, data.split("train").store, data.split("test").store, 8, 4, 60)
+    found = memorised(model, data.split("train").store, data.split("test").store, 28, 4, 60)
     shares = {each.occurrences: each.share for each in found}
-    assert shares["1"] > 0.9 and shares["0"] < 0.1, shares
+    assert shares["1"] > 0.3 and shares["0"] < 0.05, shares
     with pytest.raises(ValueError, match=r"windows of 60 \+ 4 tokens do not fit 64 positions"):
         memorised(model, data.split("train").store, data.split("test").store, 60, 4)
