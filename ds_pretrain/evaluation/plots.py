@@ -39,7 +39,7 @@ class History:
     @staticmethod
     def read(path: str | Path) -> History:
         lines: dict[tuple[int, str], dict[str, Any]] = {}
-        for line in _lines(Path(path)):
+        for line in logged(Path(path)):
             step = int(line["step"])
             for later in [key for key in reversed(lines) if key[0] > step]:  # none, unless the run was resumed
                 del lines[later]
@@ -92,14 +92,15 @@ def draw(history: History, name: str, baselines: Mapping[str, float]) -> Figure:
     rate.xaxis.set_major_formatter("{x:,.0f}")
     rate.set_xlim(0, history.train[-1]["step"])
     for axes in (loss, norm, rate):
-        _plain(axes)
+        plain(axes)
+        axes.yaxis.set_label_coords(-0.065, 0.5)
     return figure
 
 
 def _draw_loss(axes: Axes, history: History, baselines: Mapping[str, float]) -> None:
     steps, values = history.column("loss")
     window = len(values) // SMOOTHING | 1
-    smooth = _smooth(values, window)
+    smooth = smoothed(values, window)
     raw, mean = ("train, as logged", f"train, mean of {window}") if window > 1 else ("", "train")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8, label=raw)
     axes.plot(steps, smooth, color=BLUE, linewidth=2, label=mean)
@@ -123,7 +124,7 @@ def _draw_heads(axes: Axes, history: History, window: int) -> list[Mark]:
     marks = []
     for name, colour in zip(history.heads if len(history.heads) > 1 else (), EXTRA, strict=False):
         steps, values = history.column(name)
-        smooth = _smooth(values, window)
+        smooth = smoothed(values, window)
         axes.plot(steps, smooth, color=colour, linewidth=1.4, label=f"train, {name} alone")
         marks += [Mark(smooth[-1], name, colour)] if len(values) else []
     return marks
@@ -202,12 +203,12 @@ def _token_axis(axes: Axes, history: History) -> None:
         top.spines["top"].set_color("#c8ccd2")
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """A light grid, and no frame."""
     axes.grid(True, color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c8ccd2")
-    axes.yaxis.set_label_coords(-0.065, 0.5)
 
 
 def _facts(history: History) -> str:
@@ -226,7 +227,7 @@ def _limits(values: np.ndarray, others: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     """A centred mean over `window` points, of those that there are at the ends."""
     if not len(values):
         return values
@@ -244,7 +245,8 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     return placed
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def logged(path: Path) -> Iterator[dict[str, Any]]:
+    """What a run has logged, but for what is not whole."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         for text in stream:
             try:

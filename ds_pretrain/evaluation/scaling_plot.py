@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ds_pretrain.evaluation.plots import BLUE, DPI, EXTRA, GREY, ORANGE
+from ds_pretrain.evaluation.plots import BLUE, DPI, EXTRA, GREY, ORANGE, plain
 from ds_pretrain.evaluation.scaling import Envelope, Fit, Group, IsoFlop, Report, power, short
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def sheet(report: Report, group: Group) -> Figure:
     _allocation(panels[1, 1], group, "N")
     _allocation(panels[1, 2], group, "D")
     for axes in panels.flat:
-        _plain(axes)
+        plain(axes)
+        axes.tick_params(labelsize=9)
     return figure
 
 
@@ -272,11 +273,3 @@ def _thousands(axis: Any, values: Sequence[float] | np.ndarray, flops: bool = Fa
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: power(value) if flops else short(value)))
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(True, color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c8ccd2")
-    axes.tick_params(labelsize=9)

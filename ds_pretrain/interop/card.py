@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import yaml
 
 from ds_pretrain.config import RunConfig
+from ds_pretrain.evaluation.plots import logged
 from ds_pretrain.interop.rules import Side
 from ds_pretrain.training.checkpoint import Snapshot
 
@@ -58,10 +57,8 @@ def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side]
 def _scores(metrics: Path, step: int) -> dict[str, Any]:
     """The last evaluation up to a step, of the run's own validation split."""
     found: dict[str, Any] = {}
-    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(ValueError):  # a line that was cut short
-            line = json.loads(text)
-            found = line if line.get("split") == "validation" and line["step"] <= step else found
+    for line in logged(metrics) if metrics.is_file() else ():
+        found = line if line.get("split") == "validation" and line["step"] <= step else found
     return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import Progress
 
 from ds_pretrain.config import find
-from ds_pretrain.sweep import cells, results, spec
+from ds_pretrain.sweep import cells, results, scores, spec
+from ds_pretrain.sweep import report as reports
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Many runs from one file: a grid, or an iso-FLOP ladder of sizes and budgets.\n\n"
     "`status` shows the cells, before and after; `run` trains them here, `submit` as a SLURM array; each goes on where it was "
-    "stopped and none runs twice; `collect` makes one table of them, for `scaling fit`.",
+    "stopped and none runs twice; `collect` makes one table of them, for `scaling fit`; "
+    "`score` holds them against other tasks, and `report` is the page of it all.",
 )
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 Sweep = Annotated[
@@ -98,6 +102,32 @@ def collect(sweep: Sweep) -> None:
     table, curves = results.collect(plan)
     out.print(f"{results.summary(results.states(plan))}\n{table} and {table.with_suffix('.parquet').name}, {curves.name}")
     out.print(f"next: ds-pretrain scaling fit {table}")
+
+
+@app.command()
+def score(sweep: Sweep) -> None:
+    """Score the finished cells on what the sweep file asks for under `scores`; what was computed before is kept."""
+    plan = spec.read(sweep)
+    if not plan.asked:
+        raise ValueError(f"{sweep} asks for no scores: add some, such as scores: {{works: {{by: probe, texts: FILE}}}}")
+    done = [(each, at.step) for each in plan.cells if (at := cells.state(each)).status == "finished"]
+    with Progress(console=out, transient=True) as bar:
+        task = bar.add_task("score", total=len(done))
+        for each, step in done:
+            bar.update(task, description=f"score {each.name}")
+            scores.score(each.folder, step, plan.asked)
+            bar.advance(task)
+    out.print(f"{len(done)} of {len(plan.cells)} cells are scored; next: ds-pretrain sweep report {sweep}")
+
+
+@app.command()
+def report(
+    sweep: Sweep,
+    folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the page; else that of the sweep.")] = None,
+) -> None:
+    """Write the sweep as one page: why and how, from the head of its file; a table; learning curves; scores."""
+    plan = spec.read(sweep)
+    out.print(reports.write(plan, find(sweep, "sweeps", ".yaml"), folder or plan.folder))
 
 
 def _open(sweep: str) -> spec.Spec:

@@ -14,6 +14,7 @@ from ds_pretrain.core.files import whole
 from ds_pretrain.evaluation.plots import History
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.sweep.cells import State, Status, state
+from ds_pretrain.sweep.scores import read
 from ds_pretrain.sweep.spec import Cell, Spec, parameters
 
 COLOURS: dict[Status, str] = {
@@ -25,7 +26,7 @@ COLOURS: dict[Status, str] = {
 }
 REASON = 160
 """Characters of a reason in the table."""
-SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy")
+SCORES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy")
 """What is kept of the last evaluation."""
 OWN = ("seed", "objective", "tokens", "flops")
 """Axes that have columns of their own, with what was reached."""
@@ -62,26 +63,32 @@ def failures(found: dict[str, State]) -> list[str]:
     return [f"{name}: {' '.join(at.reason.split())[:REASON]}" for name, at in found.items() if at.status == "failed"]
 
 
+def rows(spec: Spec) -> list[dict[str, Any]]:
+    """A row for each cell, as `collect` writes them."""
+    return [_row(cell, state(cell)) for cell in spec.cells]
+
+
 def collect(spec: Spec) -> tuple[Path, Path]:
     """Write cells.csv and cells.parquet, a row for each cell, and curves.csv, a row for each evaluation; the first and last."""
     import pyarrow.csv
     import pyarrow.parquet
 
-    rows = [_row(cell, state(cell)) for cell in spec.cells]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    found = rows(spec)
+    columns = list(dict.fromkeys(key for row in found for key in row))
     cells, curves = spec.folder / "cells.csv", spec.folder / "curves.csv"
     spec.folder.mkdir(parents=True, exist_ok=True)
-    _write(cells, columns, rows)
+    _write(cells, columns, found)
     with whole(cells.with_suffix(".parquet")) as file:
         pyarrow.parquet.write_table(pyarrow.csv.read_csv(cells), file)
-    points = [point for cell, row in zip(spec.cells, rows, strict=True) for point in _points(cell, row)]
+    points = [point for cell, row in zip(spec.cells, found, strict=True) for point in _points(cell, row)]
     _write(curves, list(dict.fromkeys(key for point in points for key in point)), points)
     return cells, curves
 
 
 def _row(cell: Cell, at: State) -> dict[str, Any]:
     """A cell: what it is, what it cost, what it reached. parameters: N without embeddings; flops: 6 N tokens; model_flops: with
-    its masks and scored positions counted; loss: of the validation split at the end, in nats per target."""
+    its masks and scored positions counted; loss_tokens: targets that the losses were sums over; loss: of the validation split
+    at the end, in nats per target; NAME/figure: of the sweep's scores."""
     config = cell.config
     size = parameters(config)
     row: dict[str, Any] = {
@@ -95,6 +102,8 @@ def _row(cell: Cell, at: State) -> dict[str, Any]:
     }
     if at.step:
         row |= _reached(cell, size)
+    for name, scored in read(cell.folder).items():
+        row |= {f"{name}/{figure}": value for figure, value in scored["figures"].items()}
     return {**row, "ranks": cell.ranks, "reason": " ".join(at.reason.split())}
 
 
@@ -105,18 +114,24 @@ def _reached(cell: Cell, size: int) -> dict[str, Any]:
     model = ModelConfig.model_validate(yaml.safe_load((cell.folder / "run.yaml").read_text(encoding="utf-8"))["model"])
     last, count = history.train[-1], len(history.train)
     latest = [float(line["loss"]) for line in history.train[-max(1, round(LATEST * count)) :]]
-    flops = [line["flops"] for line in history.train if "flops" in line]
     evaluated: dict[str, Any] = next((line for line in reversed(history.evaluations) if line["split"] == "validation"), {})
     scores = {key: value for key, value in evaluated.items() if key in SCORES}
     return {
         "parameters_total": model.count_parameters(),
         "tokens": last["tokens"],
+        "loss_tokens": _mean(history, "target_tokens") * last["step"],
         "flops": 6.0 * size * last["tokens"],
-        "model_flops": sum(flops) / len(flops) * last["step"] if flops else None,
+        "model_flops": _mean(history, "flops") * last["step"] or None,
         "train_loss": sum(latest) / len(latest),
         **scores,
         "tokens_per_second": sorted(line["tokens_per_second"] for line in history.train)[count // 2],
     }
+
+
+def _mean(history: History, key: str) -> float:
+    """Of a metric of training over the steps that were logged; 0 where there is none."""
+    values = history.column(key)[1]
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _points(cell: Cell, row: dict[str, Any]) -> list[dict[str, Any]]:

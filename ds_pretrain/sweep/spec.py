@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ds_pretrain.config import ConfigError, RunConfig, find, load_run, numbers
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import problems, tokenizer_size
+from ds_pretrain.sweep.scores import Asked
 
 Settings = dict[str, Any]
 LONGEST = 120
@@ -95,6 +96,8 @@ class Spec(BaseModel):
     """How long each cell trains; None: train.max_steps of the run."""
     ranks: int = Field(1, ge=1)
     """Ranks of a cell."""
+    scores: dict[str, dict[str, Any]] = {}
+    """What finished cells are scored on, by a name of yours (see `scores`): {works: {by: probe, texts: passages.tsv}}."""
 
     @field_validator("grid")
     @classmethod
@@ -105,9 +108,21 @@ class Spec(BaseModel):
             raise ValueError(f"{empty[0]} has no values")
         return grid
 
+    @field_validator("scores")
+    @classmethod
+    def _known(cls, scores: dict[str, Any]) -> dict[str, Any]:
+        for name, values in scores.items():
+            Asked.of(name, values)
+        return scores
+
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The scores."""
+        return [Asked.of(name, values) for name, values in self.scores.items()]
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -206,7 +221,7 @@ def read(name: str) -> Spec:
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(values, dict):
-        raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, and perhaps set, budget, ranks"])
+        raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, and perhaps set, budget, ranks, scores"])
     try:
         return Spec.model_validate(numbers(values))
     except ValidationError as error:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from ds_pretrain.core.exits import BUSY, DIVERGED, MISTAKE
+from ds_pretrain.evaluation.plots import logged
 
 LASTING = {MISTAKE: "a mistake in the run or its data", DIVERGED: "divergence"}
 """Exit codes that another start gives again."""
@@ -46,11 +47,8 @@ def why_not(output: Path, code: int, most: int) -> str:
 
 def reached(output: Path) -> int:
     """The last step that a run logged; 0 before the first."""
-    try:
-        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return max((int(json.loads(line)["step"]) for line in lines if line.endswith("}")), default=0)
+    path = output / "metrics.jsonl"
+    return max((int(line["step"]) for line in logged(path)), default=0) if path.is_file() else 0
 
 
 def failures(output: Path) -> list[int]:

@@ -12,8 +12,13 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from ds_pretrain.config import ConfigError
+from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.evaluation.perplexity import evaluate
+from ds_pretrain.objectives import create
 from ds_pretrain.sweep import cells, results
 from ds_pretrain.sweep.spec import read
+from ds_pretrain.training.inference import FrozenModel
 
 STEPS, LONG = 40, 300
 DIVERGES = 1e30
@@ -159,3 +164,45 @@ def test_cells_of_several_ranks_give_the_same_losses(swept, run_file, tmp_path):
     assert code == 0, text + (read(str(path)).cells[0].folder / "log.txt").read_text()
     one, two = losses(read(str(swept[0])).cells[0].folder), losses(read(str(path)).cells[0].folder)
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)
+
+
+def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp_path):
+    path, _ = swept
+    rows = [f"{word} is the {word} of {word}s number {number}\t{word}" for word in ("list", "import") for number in range(20)]
+    (tmp_path / "words.tsv").write_text("\n".join(rows))
+    scores = {
+        "clean": {"by": "eval", "data": str(data)},
+        "words": {"by": "probe", "texts": str(tmp_path / "words.tsv")},
+        "recall": {"by": "memorised", "prompt": 8, "tokens": 2, "windows": 4},
+    }
+    scored = path.with_name("scored.yaml")
+    head = "# Rates of learning\n#\n# Which is best?\n#\n#     ds-pretrain sweep run rates\n"
+    scored.write_text(head + path.read_text() + yaml.safe_dump({"scores": scores}))
+    code, text = said("score", scored)
+    assert code == 0 and "2 of 3 cells are scored" in text, text
+    files = [cell.folder / "scores.json" for cell in read(str(scored)).cells[:2]]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert said("score", scored)[0] == 0 and [file.stat().st_mtime_ns for file in files] == before
+    first, *_ = results.rows(read(str(scored)))
+    alone = evaluate(
+        FrozenModel(files[0].parent, create("clm")), PretrainingDataset(data, seq_len=64, objective="clm").split("test")
+    )
+    assert first["clean/perplexity"] == pytest.approx(alone.perplexity) and first["words/accuracy"] > 0.8
+    assert 0 <= first["recall/1"] <= 1 and first["words/majority"] < 0.8
+    code, text = said("report", scored, "-o", tmp_path / "page")
+    page = (tmp_path / "page/report.md").read_text()
+    assert code == 0 and page.startswith("# Rates of learning\n\nWhich is best?\n\n    ds-pretrain sweep run rates\n"), text
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 3 and f"{first['clean/perplexity']:.4g}" in lines[2] and "words/accuracy" in lines[0]
+    assert "Validation figures are means over" in page
+    assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "scores.png"}
+
+
+@pytest.mark.parametrize("scores, message", [
+    ({"works": {"by": "prob"}}, "unknown score 'prob': did you mean 'probe'"),
+    ({"works": {"by": "probe", "text": "a"}}, "scores.works: .*(of probe)"),
+    ({"works": {"texts": "a"}}, "unknown score ''"),
+])  # fmt: skip
+def test_scores_that_are_none_are_refused_with_the_sweep(run_file, tmp_path, scores, message):
+    with pytest.raises(ConfigError, match=message):
+        read(str(sweep_file(run_file, tmp_path / "none", {"seed": [0]}, scores=scores)))
