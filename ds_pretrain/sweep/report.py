@@ -19,6 +19,7 @@ import numpy as np
 from ds_pretrain.core.files import whole
 from ds_pretrain.evaluation.plots import BLUE, DPI, EXTRA, GREY, ORANGE, History, plain, smoothed
 from ds_pretrain.sweep.results import rows
+from ds_pretrain.sweep.scores import Asked
 from ds_pretrain.sweep.spec import Cell, Spec
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss_tokens": ("loss tokens", "{:,.0f}".format),
     "loss": ("validation loss (nats per target)", "{:.4f}".format),
     "perplexity": ("perplexity (per token)", "{:.2f}".format),
-    "word_perplexity": ("perplexity (per word)", "{:,.1f}".format),
+    "word_perplexity": ("perplexity (per word)", "{:,.5g}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
     "accuracy": ("accuracy (per target)", "{:.2%}".format),
 }
@@ -67,14 +68,15 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
     if not found:
         raise ValueError(f"no cell of {spec.output} has trained yet: run them first with ds-pretrain sweep run")
     folder.mkdir(parents=True, exist_ok=True)
-    curves(found).savefig(folder / "curves.png", dpi=DPI)
-    pictures = ["![Learning curves](curves.png)"]
-    if scored := [column for column in scores(found) if column.rpartition("/")[2] not in ("texts", "tokens_scored")]:
-        panels(found, scored).savefig(folder / "scores.png", dpi=DPI)
-        pictures.append("![Scores](scores.png)")
+    sound = [line for line in found if any(row["status"] != "failed" for row in line.rows)] or found
+    curves(sound).savefig(folder / "curves.png", dpi=DPI)
+    parts = [*_head(source), *table(found), "![Learning curves](curves.png)"]
+    if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
+        panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
+        parts += [*(part for each in scored for part in score_table(sound, each)), "![Scores](scores.png)"]
     page = folder / "report.md"
     with whole(page) as file:
-        file.write("\n\n".join([*_head(source), *table(found), *pictures, ""]).encode())
+        file.write("\n\n".join([*parts, ""]).encode())
     return page
 
 
@@ -103,19 +105,29 @@ def _head(source: Path) -> Iterator[str]:
 
 
 def table(found: Sequence[Line]) -> Iterator[str]:
-    """Markdown: a line for each combination, and what the figures are of."""
-    axes = list(dict.fromkeys(axis for line in found for axis in line.labels))
-    shown = [column for column in [*FIGURES, *scores(found)] if any(line.values(column) for line in found)]
-    header = [*axes, "cells", *(_heading(column) for column in shown)]
-    body = [
-        [*(line.labels.get(axis, "") for axis in axes), str(len(line.rows)), *(_told(line, column) for column in shown)]
-        for line in found
-    ]
-    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    """Markdown: a line for each combination, what it cost and reached, and what the figures are of."""
+    yield _markdown(found, [column for column in FIGURES if any(line.values(column) for line in found)], _heading)
     several = any(len(line.rows) > 1 for line in found)
     notes = ["Figures of several seeds: mean ± standard deviation of one."] * several + list(_denominators(found))
     if notes:
         yield " ".join(notes)
+
+
+def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
+    """Markdown: the figures of one score."""
+    yield f"**{asked.name}**: `{asked.by}` with {', '.join(f'{key} {value}' for key, value in asked.fields.items())}"
+    columns = [column for column in scores(found) if column.startswith(f"{asked.name}/")]
+    yield _markdown(found, columns, lambda column: _heading(column).partition("/")[2])
+
+
+def _markdown(found: Sequence[Line], columns: Sequence[str], heading: Callable[[str], str]) -> str:
+    axes = list(dict.fromkeys(axis for line in found for axis in line.labels))
+    header = [*axes, "cells", *map(heading, columns)]
+    body = [
+        [*(line.labels.get(axis, "") for axis in axes), str(len(line.rows)), *(_told(line, column) for column in columns)]
+        for line in found
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
 
 
 def _heading(column: str) -> str:
@@ -185,7 +197,7 @@ def curves(found: Sequence[Line]) -> Figure:
         _tokens(panel)
     axes[0].set_ylabel("nats per target")
     axes[2].set_yscale("log")
-    _legend(figure, axes[0])
+    _legend(figure, axes[:1])
     return figure
 
 
@@ -200,32 +212,57 @@ def _draw_run(axes: Sequence[Axes], history: History, evaluated: Sequence[Row], 
         axes[1].plot(*zip(*points, strict=True), marker="o", markersize=3.5, **look)
 
 
-def panels(found: Sequence[Line], columns: Sequence[str]) -> Figure:
-    """A panel for each score: against tokens where these vary, else a bar for each line."""
-    width = min(3, len(columns))
-    figure, axes = _figure(-(-len(columns) // width), width)
-    varying = len({round(math.log(line.rows[0]["tokens"]), 1) for line in found if line.rows[0].get("tokens")}) > 1
-    for panel, column in zip(axes, columns, strict=False):
-        (_against_tokens if varying else _bars)(panel, found, column)
-        panel.set_title(_heading(column), loc="left", fontsize=11)
-    for panel in axes[len(columns) :]:
+def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
+    """Each score in a panel; where cells differ by their tokens, against these, and against what the loss was a sum over."""
+    growing = len({round(math.log(tokens), 1) for line in found for tokens in line.values("tokens")[:1]}) > 1
+    axes = ("tokens", "loss_tokens") if growing else ("",)
+    drawn = [(each, axis) for each in asked for axis in (axes if each.by != "memorised" else ("",))]
+    width = min(2, len(drawn))
+    figure, places = _figure(-(-len(drawn) // width), width)
+    for panel, (each, axis) in zip(places, drawn, strict=False):
+        panel.set_title(_caption(each, found), loc="left", fontsize=11)
+        if each.by == "memorised":
+            _by_occurrence(panel, found, each.name)
+        elif axis:
+            _growing(panel, found, _figure_of(each, found), axis)
+        else:
+            _bars(panel, found, _figure_of(each, found))
+        for name, style in (("untrained", ":"), ("majority", "--")) if each.by == "probe" else ():
+            draw = panel.axhline if axis else panel.axvline
+            draw(_mean(found, f"{each.name}/{name}"), color=GREY, linestyle=style, linewidth=1.2, label=name)
+    for panel in places[len(drawn) :]:
         panel.set_visible(False)
-    if varying:
-        _legend(figure, axes[0])
+    _legend(figure, places)
     return figure
 
 
-def _against_tokens(panel: Axes, found: Sequence[Line], column: str) -> None:
-    """Lines of one first label joined: how the score grows."""
+def _figure_of(each: Asked, found: Sequence[Line]) -> str:
+    """The column that a score is drawn by: the first of these that it has."""
+    columns = [f"{each.name}/{figure}" for figure in ("bits_per_byte", "accuracy", "loss")]
+    return next(column for column in [*columns, columns[-1]] if any(line.values(column) for line in found))
+
+
+def _caption(each: Asked, found: Sequence[Line]) -> str:
+    if each.by == "memorised":
+        return f"{each.name}: windows completed verbatim"
+    return f"{_heading(_figure_of(each, found))}, {Path(str(next(iter(each.fields.values())))).name}"
+
+
+def _mean(found: Sequence[Line], column: str) -> float:
+    return statistics.fmean(value for line in found for value in line.values(column))
+
+
+def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None:
+    """Lines of one first label joined: how the score grows with an axis."""
     first = [next(iter(line.labels.values()), "") for line in found]
     for name, colour in zip(dict.fromkeys(first), cycle(COLOURS)):
         mine = [line for line, label in zip(found, first, strict=True) if label == name and line.values(column)]
-        points = sorted((statistics.fmean(line.values("tokens")), *_spread(line.values(column))) for line in mine)
+        points = sorted((statistics.fmean(line.values(axis)), *_spread(line.values(column))) for line in mine)
         if points:
-            tokens, means, spreads = map(np.array, zip(*points, strict=True))
-            panel.errorbar(tokens, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
+            at, means, spreads = map(np.array, zip(*points, strict=True))
+            panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
     panel.set_xscale("log")
-    _tokens(panel)
+    _tokens(panel, FIGURES[axis][0])
 
 
 def _bars(panel: Axes, found: Sequence[Line], column: str) -> None:
@@ -236,6 +273,23 @@ def _bars(panel: Axes, found: Sequence[Line], column: str) -> None:
     panel.set_yticks(range(len(shown)), [line.name for line, _ in shown])
     panel.invert_yaxis()
     plain(panel)
+
+
+def _by_occurrence(panel: Axes, found: Sequence[Line], name: str) -> None:
+    columns = sorted((column for column in scores(found) if column.startswith(f"{name}/")), key=_first)
+    places = {column: place for place, column in enumerate(columns)}
+    for line, (colour, style) in zip(found, _styles(found), strict=True):
+        mine = [(places[column], 100 * statistics.fmean(line.values(column))) for column in columns if line.values(column)]
+        if mine:
+            panel.plot(*zip(*mine, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=line.name)
+    panel.set_xticks(range(len(columns)), [column.rpartition("/")[2] for column in columns])
+    panel.set(xlabel="occurrences in the training text (0: test split)", ylabel="%")
+    plain(panel)
+
+
+def _first(column: str) -> int:
+    """The number that a range of occurrences begins with."""
+    return int(column.rpartition("/")[2].partition("-")[0])
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -251,14 +305,16 @@ def _figure(height: int, width: int) -> tuple[Figure, list[Axes]]:
     return figure, list(np.atleast_1d(figure.subplots(height, width)).flat)
 
 
-def _tokens(panel: Axes) -> None:
+def _tokens(panel: Axes, label: str = "tokens") -> None:
     from matplotlib.ticker import EngFormatter
 
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panel.set_xlabel("tokens")
+    panel.set_xlabel(label)
     plain(panel)
 
 
-def _legend(figure: Figure, panel: Axes) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Each label of the panels once, beside them."""
+    named = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.legend([*named.values()], [*named], loc="outside right upper", frameon=False, fontsize=9)

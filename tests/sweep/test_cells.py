@@ -193,7 +193,8 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     page = (tmp_path / "page/report.md").read_text()
     assert code == 0 and page.startswith("# Rates of learning\n\nWhich is best?\n\n    ds-pretrain sweep run rates\n"), text
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 3 and f"{first['clean/perplexity']:.4g}" in lines[2] and "words/accuracy" in lines[0]
+    assert len(lines) == 2 + 3 + 3 * (2 + 2) and "**words**: `probe` with texts" in page
+    assert f"| 0.001 | 1 | {first['clean/loss']:.4g} |" in page
     assert "Validation figures are means over" in page
     assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "scores.png"}
 
