@@ -216,8 +216,11 @@ def run(
     if where.world > 1:
         results = run_cases(legal[where.world], steps, record)
         return results if where.rank == 0 else None
-    goes = [(world, legal[world][i : i + AT_ONCE]) for world in worlds for i in range(0, len(legal[world]), AT_ONCE)]
-    return [result for world, some in goes for result in spawn(world, run_cases, some, steps, record)]
+    recorded = record.passed() if record else {}
+    left = {world: [case for case in legal[world] if case not in recorded] for world in worlds}
+    goes = [(world, left[world][i : i + AT_ONCE]) for world in worlds for i in range(0, len(left[world]), AT_ONCE)]
+    measured = {result.case: result for world, some in goes for result in spawn(world, run_cases, some, steps, record)}
+    return [(recorded | measured)[case] for world in worlds for case in legal[world]]
 
 
 def run_cases(todo: Sequence[Case], steps: int, record: Record | None = None) -> list[Result]:
