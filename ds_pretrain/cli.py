@@ -56,7 +56,8 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files or folders (txt, jsonl, parquet, each also .gz or .zst), datasets:NAME[:CONFIG[:SPLIT]], or `embedded`."
+            help="Files or folders (txt, jsonl, parquet, each also .gz or .zst), patterns such as 'src/**/*.py', "
+            "datasets:NAME[:CONFIG[:SPLIT]], or `embedded`."
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],

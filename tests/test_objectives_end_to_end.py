@@ -1,7 +1,6 @@
 """Every registered objective from a run file to its scores, by the commands that people type."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from test_cli import ends, ok
 from ds_pretrain.config import configs, load_run
 from ds_pretrain.objectives import REGISTRY, create
 
-RUNS = sorted(path.stem for path in (configs() / "runs").glob("*.yaml"))
+QUICK = sorted(path.stem for path in (configs() / "runs").glob("quickstart*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +126,5 @@ def test_token_types_and_pipelines_are_checked(data, monkeypatch, capsys, tmp_pa
     assert code == 2 and "1 rank: not a multiple of parallel.tensor 1 x parallel.pipeline 2 = 2" in text
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_file_is_sound(name):
-    config = load_run(name)
-    assert config.check(world=8 if "quickstart" not in name else 1, vocab_size=32768) == []
-    assert Path(config.output).name == name
-
-
 def test_every_objective_has_a_small_run():
-    assert {load_run(name).objective["name"] for name in RUNS if name.startswith("quickstart")} >= set(REGISTRY)
+    assert {load_run(name).objective["name"] for name in QUICK} >= set(REGISTRY)

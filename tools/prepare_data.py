@@ -49,6 +49,8 @@ from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.curation.quality import RULES, Rules
 from ds_pretrain.curation.reading import read as read_sources
 from ds_pretrain.curation.report import COLUMNS, rows, write_page, write_report
+from ds_pretrain.curation.sampling import check as check_sample
+from ds_pretrain.curation.sampling import sample as draw_sample
 from ds_pretrain.curation.scoring import Scorer
 from ds_pretrain.curation.scoring import check as check_bounds
 from ds_pretrain.curation.scoring import perplexity as drop_strange
@@ -81,7 +83,7 @@ QUALITY, MODEL, COPIES, PASSAGES, MEANING, BENCHMARK, STORES = (
 """Panels of help, in the order of the chain."""
 
 Sources = Annotated[
-    list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet; .gz, .zst), datasets:NAME, embedded.")
+    list[str], typer.Argument(help="Files or folders (txt, jsonl, parquet; .gz, .zst), patterns, datasets:NAME, embedded.")
 ]
 Before = Annotated[Path, typer.Argument(metavar="DOCUMENTS", help="The folder of a finished step.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
@@ -489,6 +491,20 @@ def decontaminate(
 ) -> None:
     """Drop what shares text with a benchmark."""
     together(jobs, lambda team: show([("decontaminate", clean_of(Folder(documents), output, team, against or [], words))]))
+
+
+@app.command()
+def sample(
+    documents: Before,
+    output: Out,
+    tier: Annotated[str, typer.Option(help="Of this quality tier alone: high, medium or low (screen --labels tier).")] = "",
+    megabytes: Annotated[float, typer.Option(min=0, help="Text to keep, 10^6 bytes; 0: all.")] = 0,
+    jobs: Jobs = 1,
+) -> None:
+    """Keep so much of the text, or of one quality tier: tiers of one size, to learn what quality is worth."""
+    size = round(megabytes * 1e6)
+    check_sample(tier, size)
+    together(jobs, lambda team: show([("sample", draw_sample(Folder(documents), output, team, tier, size))]))
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Sources to documents: text, JSON lines, parquet (each also .gz or .zst), folders, `datasets`, the embedded corpus.
 
-A source is a string: a file, a folder, `datasets:NAME[:CONFIG[:SPLIT]]`, `embedded` or `embedded:PART+PART`. What is a
-document: a line of .jsonl, a row of .parquet or of a dataset; in .txt what lies between form feeds, cut at a blank line
-once it exceeds 64 KB (at any line end once it exceeds 1 MB), so that a large file still splits by document.
+A source is a string: a file, a folder, a pattern such as `src/**/*.py`, `datasets:NAME[:CONFIG[:SPLIT]]`, `embedded` or
+`embedded:PART+PART`. What is a document: a line of .jsonl, a row of .parquet or of a dataset; in .txt, and in what a pattern
+names, what lies between form feeds, cut at a blank line once it exceeds 64 KB (at any line end once it exceeds 1 MB), so that a
+large file still splits by document.
 
 Nothing is dropped without a word: broken JSON, a missing field, invalid UTF-8, NUL, empty and giant records go to the
 ledger's quarantine with file, line and reason, and kept + quarantined is exactly what was read. The price: a file that
@@ -15,10 +16,12 @@ losing its tail.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +33,7 @@ from ds_pretrain.core.registry import unknown
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 PACKED = ("", ".gz", ".zst")
+PATTERN = re.compile(r"[*?\[]")
 T = TypeVar("T")
 SOFT, HARD = 1 << 16, 1 << 20
 """Bytes after which a .txt document ends at the next blank line, and at the next line."""
@@ -124,8 +128,11 @@ def read(source: str | Path, ledger: Ledger | None = None, text_field: str = "te
 
 
 def list_files(source: str | Path) -> list[Path]:
-    """The files of a path, sorted; a folder gives every file below it that can be read, through links too."""
+    """The files of a path, sorted; a folder gives every file below it that can be read, through links too, and a pattern such
+    as `src/**/*.py` every file that matches, as text unless its name says otherwise."""
     path = Path(source)
+    if not path.exists() and PATTERN.search(str(source)):
+        return _matching(str(source))
     known = tuple(kind + packed for kind in SUFFIXES for packed in PACKED)
     if not path.exists():
         raise ValueError(f"no corpus at {path}: no such file or folder")
@@ -136,6 +143,13 @@ def list_files(source: str | Path) -> list[Path]:
         if not file.is_file():
             what = f"a link to nothing ({os.readlink(file)})" if file.is_symlink() else "no regular file"
             raise ValueError(f"{file} is {what}: mend or remove it")
+    return files
+
+
+def _matching(pattern: str) -> list[Path]:
+    files = sorted(path for path in map(Path, glob.iglob(pattern, recursive=True)) if path.is_file())
+    if not files:
+        raise ValueError(f"no corpus at {pattern}: no file matches (** is any depth of folders; quote it from the shell)")
     return files
 
 
@@ -175,17 +189,17 @@ def passed_over(source: str | Path, files: Sequence[Path]) -> list[str]:
 
 
 def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text") -> Iterator[SourceText]:
-    """The documents of one file, whose name ends as `list_files` says; it may have none."""
-    kind = next(suffix for suffix in path.suffixes[::-1] if suffix in SUFFIXES)
+    """The documents of one file, of the kind that its name says, else text; it may have none."""
+    kind = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     broken = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         with _open(path) as stream:
             if kind == ".parquet":
                 yield from _parquet(stream, path, source, ledger, text_field)
-            elif kind == ".txt":
-                yield from _text(stream, str(path), source, ledger)
-            else:
+            elif kind in (".jsonl", ".ndjson"):
                 yield from _jsonl(stream, str(path), source, ledger, text_field)
+            else:
+                yield from _text(stream, str(path), source, ledger)
     except broken as error:
         raise ValueError(f"{path} is damaged and cannot be read to its end ({error}): fetch it again, or remove it") from None
 

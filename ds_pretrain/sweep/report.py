@@ -170,8 +170,16 @@ def _history(cell: Cell) -> History:
 
 
 def _validated(cell: Cell) -> list[dict[str, Any]]:
-    """The evaluations of its own validation split."""
-    return [line for line in _history(cell).evaluations if line["split"] == "validation"]
+    """The evaluations of its validation split."""
+    return _splits(cell).get("validation", [])
+
+
+def _splits(cell: Cell) -> dict[str, list[dict[str, Any]]]:
+    """The evaluations on its way, of its own validation split and of those of other folders, by split."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in _history(cell).evaluations:
+        found.setdefault(line["split"], []).append(line)
+    return found
 
 
 def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
@@ -189,27 +197,31 @@ def curves(found: Sequence[Line]) -> Figure:
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         for number, cell in enumerate(line.cells):
             look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": line.name if not number else None}
-            _draw_run(axes, _history(cell), _validated(cell), look)
+            _draw_run(axes, _history(cell), _splits(cell), look)
     for panel, title in zip(
         axes, ("training loss, smoothed", "validation loss", "gradient norm", "learning rate"), strict=True
     ):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
     axes[0].set_ylabel("nats per target")
+    others = sorted({split for line in found for cell in line.cells for split in _splits(cell)})[1:]
+    if others:
+        axes[1].set_title(f"validation loss; other marks: {', '.join(others)}", loc="left", fontsize=9)
     axes[2].set_yscale("log")
     _legend(figure, axes[:1])
     return figure
 
 
-def _draw_run(axes: Sequence[Axes], history: History, evaluated: Sequence[Row], look: Mapping[str, Any]) -> None:
+def _draw_run(axes: Sequence[Axes], history: History, splits: Mapping[str, Sequence[Row]], look: Mapping[str, Any]) -> None:
     scale = history.tokens_per_step() if history.train else 0.0
     for panel, key in zip((axes[0], axes[2], axes[3]), ("loss", "grad_norm", "lr"), strict=True):
         steps, values = history.column(key)
         values = values if key == "lr" else smoothed(values, len(values) // 30 | 1)
         panel.plot(steps * scale, values, **look)
-    points = [(line["step"] * scale, loss) for line in evaluated if math.isfinite(loss := float(line["loss"]))]
-    if points:
-        axes[1].plot(*zip(*points, strict=True), marker="o", markersize=3.5, **look)
+    for marker, (_, evaluated) in zip("os^vD", sorted(splits.items()), strict=False):
+        points = [(line["step"] * scale, loss) for line in evaluated if math.isfinite(loss := float(line["loss"]))]
+        if points:
+            axes[1].plot(*zip(*points, strict=True), marker=marker, markersize=3.5, **look)
 
 
 def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:

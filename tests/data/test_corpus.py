@@ -191,6 +191,18 @@ def test_files_of_other_kinds_are_passed_over_with_a_word(tmp_path):
     assert ledger.notes == [f"{tmp_path}: 3 files of other kinds passed over (.JSON, LICENSE)"]
 
 
+def test_a_pattern_names_files_of_any_kind(tmp_path):
+    for name, text in {"a.py": "one = 1", "deep/b.py": "two = 2", "deep/er/c.py.gz": "three = 3", "deep/d.md": "four"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    packed(tmp_path / "e.jsonl", encoded(".jsonl", TEXTS[:3]))
+    assert [document.text for document in read(f"{tmp_path}/**/*.py")] == ["one = 1", "two = 2"]
+    assert [document.text for document in read(f"{tmp_path}/deep/**")] == ["two = 2", "four", "three = 3"]
+    assert [document.text for document in read(f"{tmp_path}/*.jsonl")] == TEXTS[:3]
+    with pytest.raises(ValueError, match=r"no corpus at .*\*\.rs: no file matches"):
+        list(read(f"{tmp_path}/*.rs"))
+
+
 def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     raw = pa.array([b"good", b"\xff", None, b""], pa.binary())

@@ -1,0 +1,69 @@
+"""Samples of one size, by tier, whoever draws them."""
+
+import random
+
+import pytest
+from planted import digests, jsonl, words
+
+from ds_pretrain.curation import reading
+from ds_pretrain.curation.reading import read
+from ds_pretrain.curation.sampling import sample
+from ds_pretrain.curation.screening import screening
+from ds_pretrain.curation.workers import Workers, workers
+from ds_pretrain.data import sources
+
+HERE = Workers(quiet=True)
+SIZE = 20_000
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Documents in several parts, long ones of words (no rule objects to most) and short ones (many do), with their tiers."""
+    folder = tmp_path_factory.mktemp("labelled")
+    texts = [" ".join(words(random.Random(i), 40 if i % 2 else 400)).capitalize() + "." for i in range(120)]
+    for i in range(4):
+        jsonl(folder / f"text/{i}.jsonl", texts[i::4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT", 1)
+        patch.setattr(reading, "PART", 10_000)
+        return screening(read([str(folder / "text")], folder / "read", HERE), folder / "labels", HERE, label=["tier"])
+
+
+def size_of(rows):
+    return sum(len(row.text.encode()) for row in rows)
+
+
+def test_a_sample_is_as_large_as_asked_and_a_part_of_a_larger_one(labelled, tmp_path):
+    small, large = (sample(labelled, tmp_path / str(size), HERE, size=size) for size in (SIZE, 3 * SIZE))
+    longest = max(len(row.text) for row in labelled.rows())
+    assert SIZE <= size_of(small.rows()) < SIZE + longest and 3 * SIZE <= size_of(large.rows()) < 3 * SIZE + longest
+    assert {row.number for row in small.rows()} < {row.number for row in large.rows()}
+    kept, dropped = len(list(small.rows())), len(list(small.dropped()))
+    assert kept + dropped == 120 == small.report["documents"] + sum(small.report["dropped"].values())
+    assert small.report["dropped"] == {"enough without it": dropped}
+
+
+def test_tiers_are_apart(labelled, tmp_path):
+    tiers = {row.tier for row in labelled.rows()}
+    found = {tier: {row.number for row in sample(labelled, tmp_path / tier, HERE, tier).rows()} for tier in tiers}
+    assert len(tiers) > 1 and sorted(n for numbers in found.values() for n in numbers) == sorted(
+        r.number for r in labelled.rows()
+    )
+
+
+def test_the_bytes_do_not_depend_on_who_draws(labelled, tmp_path):
+    sample(labelled, tmp_path / "one", HERE, size=SIZE)
+    with workers(2, quiet=True) as team:
+        sample(labelled, tmp_path / "two", team, size=SIZE)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_what_cannot_be_drawn_is_told(labelled, tmp_path):
+    everything = size_of(labelled.rows())
+    with pytest.raises(ValueError, match=f"has {everything:,} bytes, {10 * everything:,} are asked for: ask for less"):
+        sample(labelled, tmp_path / "more", HERE, size=10 * everything)
+    with pytest.raises(ValueError, match=r"label its documents first \(screen --labels tier\)"):
+        sample(labelled.__class__(labelled.path.with_name("read")), tmp_path / "none", HERE, "high", 10)
+    with pytest.raises(ValueError, match="unknown tier 'hihg': did you mean 'high'"):
+        sample(labelled, tmp_path / "none", HERE, "hihg")
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,57 @@
+"""Domain adaptation as the shipped run file has it: from weights of transformers, both texts evaluated on the way."""
+
+import json
+
+import pytest
+import theirs
+import transformers
+from typer.testing import CliRunner
+
+from ds_pretrain.cli import app
+from ds_pretrain.config import configs
+from ds_pretrain.curation.prepare import prepare
+from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.interop.commands import bring_in
+from ds_pretrain.interop.tokenizer import save_tokenizer
+from ds_pretrain.objectives import create
+from ds_pretrain.sweep.spec import read
+
+STEPS = 6
+
+
+def evaluations(output):
+    """Losses by split and step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {(line["split"], line["step"]): line["loss"] for line in lines if "split" in line}
+
+
+@pytest.fixture
+def place(corpus, data, tmp_path, monkeypatch):
+    """A folder with what the shipped run asks for: imported weights, a domain and general text, of one tokenizer."""
+    tokenizer = TextTokenizer.load(data / "tokenizer")
+    shape = {**theirs.LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path / "hf")
+    save_tokenizer(tokenizer, create("clm"), 64, tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    bring_in(tmp_path / "hf", tmp_path / "runs/imported")
+    for name in ("python", "general"):
+        texts = sorted(str(path) for path in corpus.iterdir() if path.name.endswith(".py.txt") == (name == "python"))
+        prepare(texts, f"data/{name}", tokenizer="runs/imported/tokenizer", split=(0.6, 0.2, 0.2), quiet=True)
+    return tmp_path
+
+
+def test_the_shipped_run_adapts_and_both_texts_are_followed(place):
+    short = [f"train.max_steps={STEPS}", "train.eval_every=3", "batch.seq_len=64", "optimizer.warmup_steps=2"]
+    told = CliRunner().invoke(app, ["train", "adapt", *short, "train.eval_tokens=4000"])
+    assert told.exit_code == 0, told.output
+    found = evaluations(place / "runs/adapt")
+    assert set(found) == {(split, step) for split in ("validation", "validation of data/general") for step in (0, 3, STEPS)}
+    assert found["validation", STEPS] < found["validation", 0], "the domain is learned"
+
+
+def test_the_sweep_with_and_without_replay_has_only_sound_cells(place):
+    spec = read("adaptation")
+    assert len(spec.cells) == 12 and (configs() / "sweeps/adaptation.yaml").is_file()
+    generators = [cell for cell in spec.cells if cell.labels["model"] == "generator"]
+    wrong = {problem for cell in generators for problem in cell.problems()}
+    assert all("batch.seq_len 128" in problem for problem in wrong), wrong  # of this small model
