@@ -160,7 +160,7 @@ def evaluate(
 
     from ds_pretrain.evaluation import ngram, perplexity, report
 
-    (model, _), dataset = load_model(output), data_of(output)
+    model, dataset = load_model(output), data_of(output)
     plain = model.objective.likelihood
     found: dict[str, dict[str, float]] = {}
     for objective in [model.objective, *([plain] if plain and plain != model.objective else [])]:

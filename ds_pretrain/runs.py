@@ -81,9 +81,10 @@ def open_run(run: str, overrides: Sequence[str] | Mapping[str, Any] | None) -> t
 def problems(config: RunConfig, world: int) -> list[str]:
     """What is wrong with a run on so many ranks, or with the data that it names."""
     folders = [("data.path", config.data.path), *(("data.mix", folder) for folder in config.data.mix)]
+    tokenizer = tokenizer_of(config)
     return [
-        *config.check(world, tokenizer_size(config)),
-        *_strangers(config),
+        *config.check(world, len(tokenizer) if tokenizer else None),
+        *(_strangers(config, tokenizer) if tokenizer else ()),
         *(
             f"{field} {folder} holds no prepared data: {_where(Path(folder))}"
             for field, folder in folders
@@ -92,11 +93,8 @@ def problems(config: RunConfig, world: int) -> list[str]:
     ]
 
 
-def _strangers(config: RunConfig) -> Iterator[str]:
+def _strangers(config: RunConfig, tokenizer: Any) -> Iterator[str]:
     """Where the tokenizer is not the one that the weights or the objective ask for."""
-    tokenizer = tokenizer_of(config)
-    if tokenizer is None:
-        return
     if config.init and (Path(config.init) / "run.yaml").is_file():
         other = tokenizer_of(run_of(config.init))
         if other is not None and other.digest != tokenizer.digest:
@@ -160,18 +158,24 @@ def run_of(output: str | Path) -> RunConfig:
     return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
-def load_model(output: str) -> tuple[Any, Any]:
-    """The model of a run or an import, and the tokenizer that it reads with."""
+def load_model(output: str) -> Any:
+    """The model of a run or an import."""
     from ds_pretrain.parallel.launch import place
     from ds_pretrain.parallel.plan import ParallelPlan
     from ds_pretrain.training.inference import FrozenModel
 
     config = run_of(output)
+    tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
+    return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor))
+
+
+def load_tokenizer(output: str) -> Any:
+    """The tokenizer that a run or an import reads with. ValueError if it is gone."""
+    config = run_of(output)
     tokenizer = tokenizer_of(config)
     if tokenizer is None:
         raise ValueError(f"{config.data.tokenizer or config.data.path} holds no tokenizer, which {output} was trained with")
-    tensor = config.parallel.tensor if place().world % config.parallel.tensor == 0 else 1
-    return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor)), tokenizer
+    return tokenizer
 
 
 def data_of(output: str) -> Any:

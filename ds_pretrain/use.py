@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ds_pretrain.console import Output, err, out
-from ds_pretrain.runs import data_of, load_model
+from ds_pretrain.runs import data_of, load_model, load_tokenizer
 
 app = typer.Typer()
 MASK = "<mask>"
@@ -32,7 +32,7 @@ def generate(
     """Continue texts with the newest checkpoint of a causal run, or of a masked diffusion run."""
     from ds_pretrain.evaluation.generate import Sampling, continue_all, unmask
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
     texts = [*(prompt or []), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])] or [""]
     starts, how = [ids.tolist() for ids in tokenizer.encode_batch(texts)], Sampling(tokens, temperature, top_k, top_p, seed)
@@ -54,7 +54,7 @@ def fill(
     """Say what a masked model puts where a text has a mask, with probabilities."""
     from ds_pretrain.evaluation import fill as task
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
     for each in text:
         first, *others = (tokenizer.encode(part).tolist() for part in each.split(MASK))
@@ -89,7 +89,7 @@ def infill(
     """
     from ds_pretrain.evaluation import infill as task
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     if problems := [*task.problems(model.objective), *tokenizer.vocabulary.lacks("infilling", task.NAMES)]:
         raise ValueError(problems[0])
     if before is not None:
@@ -133,7 +133,7 @@ def embed(
 
     from ds_pretrain.core.files import whole
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     lines = texts.read_text(encoding="utf-8").splitlines()
     if not lines:
         raise ValueError(f"{texts} is empty")
@@ -153,7 +153,7 @@ def similarity(
     """Hold a run's sentence embeddings against human scores: Spearman, alignment, uniformity."""
     from ds_pretrain.evaluation import embeddings
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     found = embeddings.similarity(embedder(model, tokenizer), embeddings.read_scores(pairs))
     if model.mesh.rank == 0:
         table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
@@ -171,7 +171,7 @@ def probe(
     """Classify texts by a logistic regression on a run's frozen states, beside the untrained network."""
     from ds_pretrain.evaluation import embeddings
 
-    model, tokenizer = load_model(output)
+    model, tokenizer = load_model(output), load_tokenizer(output)
     rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
     found = embeddings.probe(embedder(model, tokenizer), embedder(model.untrained(), tokenizer), rows)
     if model.mesh.rank == 0:
@@ -191,7 +191,7 @@ def memorised(
     """Say how much of its training text a causal run gives back verbatim, by how often that text occurs in it."""
     from ds_pretrain.evaluation import memorisation
 
-    (model, _), data = load_model(output), data_of(output)
+    model, data = load_model(output), data_of(output)
     found = memorisation.memorised(model, data.split("train").store, data.split("test").store, prompt, tokens, windows)
     if model.mesh.rank == 0:
         title = f"{output}: {tokens} tokens after {prompt}, greedy; 0 are windows of the test split"

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,26 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when the block ends. ValueError if something is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: give the name of a folder that is not there yet, or empty it")
+    attempt = beside(folder.resolve())
+    attempt.mkdir(parents=True)
+    try:
+        yield attempt
+        for path in (*attempt.rglob("*"), attempt):
+            sync(path)
+        if folder.exists():
+            folder.rmdir()
+        attempt.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise
 
 
 class BusyError(OSError):

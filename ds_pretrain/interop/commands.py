@@ -11,11 +11,11 @@ import torch
 import yaml
 from rich.table import Table
 
-from ds_pretrain.core.files import whole
+from ds_pretrain.core.files import appearing, whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
 from ds_pretrain.interop.card import card
-from ds_pretrain.interop.folder import SHARD, appearing
+from ds_pretrain.interop.folder import SHARD
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
 from ds_pretrain.interop.transfer import Arrival, hand_out
 from ds_pretrain.runs import run_of, tokenizer_of

@@ -10,7 +10,6 @@ import functools
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,8 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from ds_pretrain.core.files import beside, sync
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -119,26 +116,6 @@ class Entry(NamedTuple):
 
     def bytes(self, dtype: torch.dtype) -> int:
         return int(torch.Size(self.shape).numel()) * dtype.itemsize
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends. ValueError if something is there already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: give the name of a folder that is not there yet, or empty it")
-    attempt = beside(folder.resolve())
-    attempt.mkdir(parents=True)
-    try:
-        yield attempt
-        for path in (*attempt.rglob("*"), attempt):
-            sync(path)
-        if folder.exists():
-            folder.rmdir()
-        attempt.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(attempt, ignore_errors=True)
-        raise
 
 
 def write(

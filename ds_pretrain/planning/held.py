@@ -15,6 +15,9 @@ VOCABULARY = ("word.weight", "output.weight", "output_bias.bias")
 ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
 COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 """Matrices that tensor ranks share evenly, by what goes out or by what comes in (Shoeybi et al. 2019)."""
+BUCKET, PREFETCH, PERSISTS, REUSE = 500_000_000, 50_000_000, 100_000, 1_000_000_000
+"""DeepSpeed's defaults, in elements: reduce_bucket_size and stage3_ prefetch_bucket_size, param_persistence_threshold,
+max_reuse_distance."""
 
 
 def predicts_words(objective: Objective) -> bool:

@@ -27,15 +27,12 @@ from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.plan import ParallelPlan, stage_of_layer
-from ds_pretrain.planning.held import is_tied, parameters, predicts_words
+from ds_pretrain.planning.held import BUCKET, PERSISTS, PREFETCH, REUSE, is_tied, parameters, predicts_words
 from ds_pretrain.training.deepspeed_json import asks_offload, half, stage_of
 
 if TYPE_CHECKING:
     from ds_pretrain.data.dataset import Samples
 
-BUCKET, PREFETCH, PERSISTS, REUSE = 500_000_000, 50_000_000, 100_000, 1_000_000_000
-"""DeepSpeed's defaults, in elements: reduce_bucket_size and stage3_ prefetch_bucket_size, param_persistence_threshold,
-max_reuse_distance."""
 SAMPLED = 64
 """Rows of a micro-batch that are made to count its targets; of a larger one the rest is taken to be alike."""
 

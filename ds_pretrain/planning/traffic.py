@@ -24,7 +24,7 @@ from ds_pretrain.config import RunConfig
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.plan import ParallelPlan, stage_of_layer
-from ds_pretrain.planning.held import is_tied, parameters
+from ds_pretrain.planning.held import PERSISTS, REUSE, is_tied, parameters
 from ds_pretrain.training.deepspeed_json import half, stage_of
 
 INT32, INT64, FP32, FP64 = 4, 8, 4, 8
@@ -343,8 +343,8 @@ def _weights(run: _Run, stage: int) -> Iterator[Collective]:
         yield Collective("ZeRO: updated weights", "all_gather", r, sum(sizes.values()), w)
     if zero != 3:
         return
-    small = run.zero.get("stage3_param_persistence_threshold", 100_000)
-    reach = run.zero.get("stage3_max_reuse_distance", 1e9)
+    small = run.zero.get("stage3_param_persistence_threshold", PERSISTS)
+    reach = run.zero.get("stage3_max_reuse_distance", REUSE)
     ahead = sum(sizes.values())
     for name, size in sizes.items():
         ahead -= size

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ds_pretrain.core.files import whole
 from ds_pretrain.core.registry import Registry
-from ds_pretrain.runs import data_of, load_model
+from ds_pretrain.runs import data_of, load_model, load_tokenizer
 
 Figures = dict[str, float]
 
@@ -32,9 +32,12 @@ class Run:
         self.output = str(output)
 
     @cached_property
-    def opened(self) -> tuple[Any, Any]:
-        """Its model and tokenizer."""
+    def model(self) -> Any:
         return load_model(self.output)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.output)
 
     @cached_property
     def data(self) -> Any:
@@ -51,10 +54,9 @@ def evaluated(run: Run, data: str, split: str = "test", tokens: int | None = Non
     from ds_pretrain.data.dataset import PretrainingDataset
     from ds_pretrain.evaluation.perplexity import evaluate
 
-    model, tokenizer = run.opened
-    objective = model.objective.likelihood or model.objective
-    dataset = PretrainingDataset(data, tokenizer, run.data.seq_len, objective.evaluated, split)
-    return evaluate(model.under(objective), dataset, tokens).as_metrics(objective.measure)
+    objective = run.model.objective.likelihood or run.model.objective
+    dataset = PretrainingDataset(data, run.tokenizer, run.data.seq_len, objective.evaluated, split)
+    return evaluate(run.model.under(objective), dataset, tokens).as_metrics(objective.measure)
 
 
 @SCORES.register("probe")
@@ -63,9 +65,9 @@ def probed(run: Run, texts: str) -> Figures:
     from ds_pretrain.evaluation import embeddings
     from ds_pretrain.use import embedder
 
-    model, tokenizer = run.opened
     rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
-    found = embeddings.probe(embedder(model, tokenizer), embedder(model.untrained(), tokenizer), rows)
+    trained, untrained = (embedder(model, run.tokenizer) for model in (run.model, run.model.untrained()))
+    found = embeddings.probe(trained, untrained, rows)
     return {"accuracy": found.accuracy, "untrained": found.untrained, "majority": found.majority, "texts": found.test}
 
 
@@ -74,8 +76,8 @@ def memorised(run: Run, prompt: int = 32, tokens: int = 32, windows: int = 200) 
     """The share of training windows that come out verbatim, by how often they occur; 0: windows of the test split."""
     from ds_pretrain.evaluation.memorisation import memorised
 
-    (model, _), train = run.opened, run.data.split("train").store
-    found = memorised(model, train, run.data.split("test").store, prompt, tokens, windows)
+    train, test = (run.data.split(name).store for name in ("train", "test"))
+    found = memorised(run.model, train, test, prompt, tokens, windows)
     return {each.occurrences: each.share for each in found}
 
 

@@ -87,7 +87,7 @@ def test_a_model_that_has_read_a_text_often_knows_it(tmp_path):
     trainer.train()
     told = CliRunner().invoke(app, ["memorised", str(tmp_path / "run"), "--prompt", "28", "--tokens", "4", "--windows", "60"])
     assert told.exit_code == 0 and "occurrences" in told.output, told.output
-    (model, _), data = load_model(str(tmp_path / "run")), trainer.dataset
+    model, data = load_model(str(tmp_path / "run")), trainer.dataset
     found = memorised(model, data.split("train").store, data.split("test").store, 28, 4, 60)
     shares = {each.occurrences: each.share for each in found}
     assert shares["1"] > 0.3 and shares["0"] < 0.05, shares

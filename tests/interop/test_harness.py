@@ -13,7 +13,7 @@ from ds_pretrain import config
 from ds_pretrain.cli import app
 from ds_pretrain.curation.tasks import make
 from ds_pretrain.interop.commands import bring_in, send_out
-from ds_pretrain.runs import load_model, make_trainer, open_run
+from ds_pretrain.runs import load_model, load_tokenizer, make_trainer, open_run
 
 TEXTS = ["The cat sits on the mat.", "A feline rests on a rug, quietly watching.", "Ranks divide the optimizer's states."]
 TASK = Path(config.__file__).parents[1] / "ds_configs/lm_eval/cloze.yaml"
@@ -55,7 +55,7 @@ def trained(folder, data, objective, model):
     trainer.progress = False
     trainer.train()
     send_out(folder / "run", folder / "out")
-    return load_model(str(folder / "run"))
+    return load_model(str(folder / "run")), load_tokenizer(str(folder / "run"))
 
 
 @pytest.mark.parametrize(("objective", "pooling"), [("simcse", "cls"), ("mlm", "mean")])

@@ -16,7 +16,7 @@ from ds_pretrain.objectives import create
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
 from ds_pretrain.parallel.spawn import spawn
-from ds_pretrain.runs import load_model, make_trainer, open_run, problems
+from ds_pretrain.runs import load_model, load_tokenizer, make_trainer, open_run, problems
 from ds_pretrain.training import checkpoint, deepspeed_json, state
 from ds_pretrain.training.checkpoint import Snapshot
 from ds_pretrain.training.engine import build_for, create_engine
@@ -79,7 +79,7 @@ def _data(output):
 
 def test_the_exported_model_says_what_ours_says(runs):
     output, (folder,) = runs["clm"]
-    model, tokenizer = load_model(str(output))
+    model, tokenizer = load_model(str(output)), load_tokenizer(str(output))
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.from_numpy(tokenizer.encode("The import statement finds a module")).long()[None]
     with torch.no_grad():
