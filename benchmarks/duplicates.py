@@ -48,6 +48,8 @@ WORD = re.compile(r"[^\W_]+")
 NGRAM, BINS = 5, 128
 BANDS = 32
 """Of rensa, which takes only divisors of its signature's length; 32 find 99.9% at 0.7."""
+FILE = 5
+"""MB of a file in the second table."""
 out = Console(width=140, highlight=False)
 
 
@@ -201,9 +203,10 @@ def alone(megabytes: float, threshold: float) -> None:
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for i in range(8):
+        files = max(1, round(megabytes / FILE))
+        for i in range(files):
             (folder / "in").mkdir(exist_ok=True)
-            lines = (json.dumps({"text": text}) + "\n" for text in texts[i::8])
+            lines = (json.dumps({"text": text}) + "\n" for text in texts[i::files])
             (folder / "in" / f"{i}.jsonl").write_text("".join(lines), encoding="utf-8")
         del texts
         child = subprocess.run([sys.executable, __file__, "--folder", name], capture_output=True, text=True, check=True)
@@ -224,7 +227,7 @@ def main(
     megabytes: Annotated[float, typer.Option(help="Text of the comparison.")] = 24,
     threshold: Annotated[float, typer.Option(help="Jaccard similarity of near copies.")] = 0.7,
     turns: Annotated[int, typer.Option(help="The best of so many counts.")] = 2,
-    sizes: Annotated[str, typer.Option(help="Sizes of the second table, MB.")] = "20,40,80",
+    sizes: Annotated[str, typer.Option(help="Sizes of the second table, MB.")] = "40,80,160",
     one: Annotated[float, typer.Option(hidden=True)] = 0,
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -237,7 +240,7 @@ def main(
     out.print(f"{platform.processor() or platform.machine()}, " + ", ".join(f"{name} {version(name)}" for name in names))
     out.print(compare(megabytes, threshold, turns))
     out.print(licences(megabytes))
-    table = Table("MB", "read, MB/s", "near, MB/s", "peak memory, MB", title="one process, 8 files")
+    table = Table("MB", "read, MB/s", "near, MB/s", "peak memory, MB", title=f"one process, files of {FILE} MB")
     for each in filter(None, sizes.split(",")):
         ran = subprocess.run([sys.executable, __file__, "--one", each], capture_output=True, text=True, check=True)
         told = json.loads(ran.stdout.splitlines()[-1])

@@ -42,8 +42,10 @@ from ds_pretrain.curation.workers import Workers
 
 COPY = np.dtype([("number", "<i8"), ("of", "<i8")])
 PAIR = np.dtype([("a", "<i8"), ("b", "<i8"), ("jaccard", "<f8"), ("estimate", "<f8")])
-AT_ONCE = 128 << 20
+AT_ONCE = 32 << 20
 """Bytes of text of the pairs that are compared by one unit of work."""
+FEW = 1 << 16
+"""Pairs that are numbers of Python at once."""
 SHOWN = 2_000
 """Pairs whose estimate and truth go into the report."""
 
@@ -69,11 +71,12 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
         work.each("sign", place.parts, partial(_sign, place, how), partial(place.of, "run"))
         count = runs.buckets(place.every("run"))
         work.each("meet", range(count), partial(_meet, place, count), partial(place.of, "pairs"))
-        pairs = runs.distinct(gathered(place, "pairs", range(count)))
+        pairs = _together(runs.distinct(gathered(place, "pairs", range(count))))
         chunks = list(enumerate(_chunks(place, pairs)))
         work.each("verify", chunks, partial(_verify, place, how), lambda chunk: place.of("verified", chunk[0]))
         verified = gathered(place, "verified", range(len(chunks)))
-        copies = clusters(verified[verified["jaccard"] >= how.threshold])
+        passed = verified[verified["jaccard"] >= how.threshold]
+        copies = clusters(passed["a"], passed["b"])
         return drop(work, "near copy", copies) | _evidence(how, verified)
 
     return step("near", out, before, asdict(how), workers, do)
@@ -121,13 +124,30 @@ def _meet(place: Place, count: int, number: int) -> None:
     runs.save(place.of("pairs", number), runs.distinct(np.concatenate([found[:, [0, 2]], found[:, [1, 2]]])))
 
 
-def _chunks(place: Place, pairs: np.ndarray) -> list[np.ndarray]:
+def _together(pairs: np.ndarray) -> np.ndarray:
+    """The pairs in the order of the clusters that they would make if all passed: so each text is hashed about once, however
+    many pairs it is in."""
+    tied = clusters(pairs[:, 0], pairs[:, 1])
+    at = np.minimum(np.searchsorted(tied["number"], pairs[:, 0]), max(0, len(tied) - 1))
+    first = pairs[:, 0].copy()
+    if len(tied):
+        first = np.where(tied["number"][at] == first, tied["of"][at], first)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0], first))]
+
+
+def _chunks(place: Place, pairs: np.ndarray) -> Iterator[np.ndarray]:
     """The pairs in stretches of so much text that a worker can hold it; one at least."""
-    wanted, size = np.unique(pairs), np.zeros(0, np.int64)
-    if len(wanted):
-        size = np.concatenate([_signed(place, part, wanted)["size"] for part in place.parts])
-    ends = np.cumsum(size[np.searchsorted(wanted, pairs)].sum(axis=1))
-    return np.split(pairs, np.flatnonzero(np.diff(ends // AT_ONCE)) + 1)
+    wanted = np.unique(pairs)
+    sizes = [size for part in place.parts for size in _signed(place, part, wanted)["size"].tolist()] if len(wanted) else []
+    held, text, start = set[int](), 0, 0
+    for i, pair in enumerate(pair for some in _few(pairs) for pair in np.searchsorted(wanted, some).tolist()):
+        new = set(pair) - held
+        held |= new
+        text += sum(sizes[each] for each in new)
+        if text >= AT_ONCE:
+            yield pairs[start : i + 1]
+            held, text, start = set(), 0, i + 1
+    yield pairs[start:]
 
 
 def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
@@ -170,7 +190,7 @@ def rows_of(place: Place, wanted: np.ndarray) -> Iterator[Row]:
                 yield from (row for row in read_group(part, file, group) if row.number in mine)
 
 
-def clusters(pairs: np.ndarray) -> np.ndarray:
+def clusters(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Each document that a chain of pairs ties to an earlier one, and the first of its cluster."""
     root: dict[int, int] = {}
 
@@ -179,10 +199,16 @@ def clusters(pairs: np.ndarray) -> np.ndarray:
             root[x] = x = root[up]
         return x
 
-    for a, b in zip(pairs["a"].tolist(), pairs["b"].tolist(), strict=True):
-        low, high = sorted((find(a), find(b)))
-        root[high] = low
+    for some in _few(np.stack([left, right], axis=1)):
+        for a, b in some.tolist():
+            low, high = sorted((find(a), find(b)))
+            root[high] = low
     return np.array([(x, find(x)) for x in sorted(root) if find(x) != x], dtype=COPY)
+
+
+def _few(pairs: np.ndarray) -> Iterator[np.ndarray]:
+    """So many at a time that lists of them are small."""
+    return (pairs[i : i + FEW] for i in range(0, len(pairs), FEW))
 
 
 def drop(work: Work, reason: str, copies: np.ndarray) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def semantic(before: Folder, out: Path, workers: Workers, model: Path, threshold
         work.each("compare", chunks, partial(_compare, place, threshold), lambda chunk: place.of("nearest", chunk[0]))
         nearest = gathered(place, "nearest", range(len(chunks)))
         passed = nearest[nearest["cosine"] >= threshold]
-        copies = clusters(_pairs(passed))
+        copies = clusters(passed["of"], passed["number"])
         return drop(work, "semantic copy", copies) | _evidence(place, nearest, passed, count)
 
     return step("semantic", out, before, asked, workers, do)
@@ -291,12 +291,6 @@ def nearest(documents: np.ndarray, threshold: float) -> np.ndarray:
         found["of"][block], found["cosine"][block] = documents["number"][best], cosine.max(1)
         found["pairs"][block] = (cosine >= threshold).sum(1)
     return found[1:]
-
-
-def _pairs(passed: np.ndarray) -> np.ndarray:
-    pairs = np.empty(len(passed), dtype=[("a", "<i8"), ("b", "<i8")])
-    pairs["a"], pairs["b"] = passed["of"], passed["number"]
-    return pairs
 
 
 def _evidence(place: Place, nearest: np.ndarray, passed: np.ndarray, count: int) -> dict[str, Any]:

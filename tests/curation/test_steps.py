@@ -19,7 +19,7 @@ from ds_pretrain.core.differing import differing
 from ds_pretrain.curation import documents, reading, runs
 from ds_pretrain.curation.contamination import decontaminate
 from ds_pretrain.curation.documents import Folder
-from ds_pretrain.curation.duplicates import clusters, exact, near
+from ds_pretrain.curation.duplicates import _together, clusters, exact, near
 from ds_pretrain.curation.minhash import MinHash
 from ds_pretrain.curation.passages import passages
 from ds_pretrain.curation.quality import Gopher
@@ -141,9 +141,20 @@ def test_near_copies_are_those_that_brute_force_finds(tmp_path, small_parts, thr
 def test_clusters_are_chains_and_their_first_stays():
     import numpy as np
 
-    pairs = np.zeros(5, dtype=[("a", "<i8"), ("b", "<i8")])
-    pairs["a"], pairs["b"] = [7, 5, 9, 1, 12], [5, 3, 7, 2, 12]
-    assert clusters(pairs).tolist() == [(2, 1), (5, 3), (7, 3), (9, 3)]
+    left, right = np.array([7, 5, 9, 1, 12]), np.array([5, 3, 7, 2, 12])
+    assert clusters(left, right).tolist() == [(2, 1), (5, 3), (7, 3), (9, 3)]
+
+
+def test_pairs_of_a_cluster_are_compared_together_and_each_once():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    pairs = np.unique(np.sort(rng.integers(0, 60, (80, 2)) * 2 + rng.integers(0, 2, (80, 1)), axis=1), axis=0)
+    ordered = _together(pairs)
+    assert sorted(map(tuple, ordered.tolist())) == sorted(map(tuple, pairs.tolist()))
+    roots = dict(clusters(pairs[:, 0], pairs[:, 1]).tolist())
+    seen = [roots.get(a, a) for a, _ in ordered.tolist()]
+    assert seen == sorted(seen) and len(set(seen)) > 5, "one cluster after the other"
 
 
 @pytest.mark.parametrize("step", [exact, near, passages])
