@@ -5,12 +5,13 @@ import shutil
 import stat
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from hosts import PATH, Hosts
 from hosts import missing as no_hosts
 
-HEAD = "head"
+HEAD, SPARE = "head", "node3"
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY"}
 CONF = """
 ClusterName=test
@@ -48,7 +49,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes={names} Default=YES State=UP PriorityTier=5 PreemptMode=OFF
+PartitionName=main Nodes={names},{spare} Default=YES State=UP PriorityTier=5 PreemptMode=OFF
 PartitionName=low Nodes={names} State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes={names} State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -61,11 +62,12 @@ def missing():
 
 
 class Slurm(Hosts):
-    """`with Slurm() as cluster: cluster.sbatch("launchers/slurm.sbatch", ...)`; nodes are node1 and node2 with 4 CPUs each."""
+    """`with Slurm() as cluster: cluster.sbatch("launchers/slurm.sbatch", ...)`; nodes are node1 and node2 with 4 CPUs each. A
+    third, in the partition main, is down until it is lent."""
 
     def __init__(self):
-        super().__init__(HEAD, "node1", "node2")
-        self.nodes = self.names[1:]
+        super().__init__(HEAD, "node1", "node2", SPARE)
+        self.nodes = [name for name in self.names if name not in (HEAD, SPARE)]
 
     def __enter__(self):
         super().__enter__()
@@ -92,6 +94,15 @@ class Slurm(Hosts):
         self.restart(node)
         self.start_daemon(node, "slurmd", "-D", "-N", node)
 
+    @contextmanager
+    def spare(self):
+        """Inside, the third node is there too."""
+        self.start_daemon(SPARE, "slurmd", "-D", "-N", SPARE)
+        self.client("scontrol", "update", f"nodename={SPARE}", "state=resume")
+        self.wait(lambda: self.states(SPARE) == {SPARE: "idle"}, 30, f"{SPARE} is not idle")
+        yield SPARE
+        self.client("scontrol", "update", f"nodename={SPARE}", "state=down", "reason=spare")
+
     def client(self, *command, timeout=30, **env):
         """A SLURM command on the head; its output."""
         ran = self.run(HEAD, command, timeout=timeout, **env)
@@ -102,8 +113,12 @@ class Slurm(Hosts):
         """Submit; the job's number."""
         return int(self.client("sbatch", "--parsable", *map(str, arguments), **env).split(";")[0])
 
-    def states(self):
-        return dict(line.split() for line in self.client("sinfo", "-h", "-N", "-p", "main", "-o", "%N %t").splitlines())
+    def states(self, *nodes):
+        """What nodes are to the controller: of node1 and node2, or of these."""
+        asked = ",".join(nodes or self.nodes)
+        return dict(
+            line.split() for line in self.client("sinfo", "-h", "-N", "-p", "main", "-n", asked, "-o", "%N %t").splitlines()
+        )
 
     def job(self, number):
         """What the controller knows of a job."""
@@ -136,14 +151,15 @@ class Slurm(Hosts):
         return super()._env(host, {"SLURM_CONF": str(self.folder / "slurm.conf"), **more})
 
     def _configure(self):
-        nodes = "\n".join(f"NodeName={name} CPUs=4 RealMemory=8000 Gres=gpu:4 State=UNKNOWN" for name in self.nodes)
-        text = CONF.format(folder=self.folder, nodes=nodes, names=",".join(self.nodes))
+        begin = {**dict.fromkeys(self.nodes, "UNKNOWN"), SPARE: "DOWN"}
+        nodes = "\n".join(f"NodeName={name} CPUs=4 RealMemory=8000 Gres=gpu:4 State={state}" for name, state in begin.items())
+        text = CONF.format(folder=self.folder, nodes=nodes, names=",".join(self.nodes), spare=SPARE)
         (self.folder / "slurm.conf").write_text(text)
         for number in range(4):  # devices that do nothing, so that scripts that ask for GPUs run unchanged
             os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # not looked for: a host has none
-        for name in ("state", *(f"spool.{node}" for node in self.nodes)):
+        for name in ("state", *(f"spool.{node}" for node in (*self.nodes, SPARE))):
             (self.folder / name).mkdir()
 
     def _munge(self):

@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM cluster of two nodes: the same losses as one process, whatever happens to the job on the way."""
+"""Jobs on a real SLURM cluster: the same losses as one process, whatever happens to the job on the way."""
 
 import json
 import os
@@ -114,13 +114,17 @@ def test_a_run_of_higher_priority_takes_the_nodes_and_gives_them_back(cluster, r
     assert low.ended() == "COMPLETED" and unbroken(low.out, expected), low.log()
 
 
-def test_a_lost_node_is_got_over(cluster, run_file, expected, tmp_path):
+def test_a_lost_node_is_got_over_without_it(cluster, run_file, expected, tmp_path):
     job = Job(cluster, run_file, tmp_path / "out")
     job.trains(12)
-    cluster.crash("node2")
-    job.comes_back()
+    with cluster.spare() as third:
+        cluster.crash("node2")
+        job.comes_back()
+        assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+        assert cluster.states("node2")["node2"].startswith("down")
+        assert cluster.job(job.number)["NodeList"] == f"node[1,{third[-1]}]"
     cluster.boot("node2")
-    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+    cluster.wait(lambda: cluster.states("node2") == {"node2": "idle"}, 60, "node2 does not come back")
 
 
 @pytest.fixture(scope="module")
