@@ -20,7 +20,7 @@ from rich.table import Table
 from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
 from ds_pretrain.console import Output, err, out
 from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
-from ds_pretrain.core.files import BusyError
+from ds_pretrain.core.files import BusyError, whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
 from ds_pretrain.sweep.commands import app as sweep
@@ -86,18 +86,24 @@ def prepare(
 @app.command()
 def tasks(
     prepared: Annotated[Path, typer.Argument(help="A folder that `prepare` wrote; its sources must still be there.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for passages.tsv and cloze.jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for passages.tsv and cloze.yaml.")],
     split: Annotated[str, typer.Option(help="Whose documents: test or validation.")] = "test",
 ) -> None:
     """Make tasks from held-out text: which file is a passage from (for `probe`), what is its last word (for lm-eval)."""
     from ds_pretrain.curation.tasks import make
 
     found = make(prepared, output, split)
+    task = (configs() / "lm_eval" / "cloze.yaml").read_text(encoding="utf-8")
+    with whole(output / "cloze.yaml") as file:
+        file.write(task.replace("data/tasks/cloze.jsonl", str((output / "cloze.jsonl").resolve())).encode())
     table = Table("task", "examples", "", title=str(output), title_justify="left")
     told = f"{found.classes} files, the largest {found.majority:.1%}: ds-pretrain probe RUN {output}/passages.tsv"
-    table.add_row("passages.tsv", f"{found.passages:,}", told)
-    table.add_row("cloze.jsonl", f"{found.cloze:,}", "last words: lm_eval --include_path ds_configs/lm_eval")
+    none = f"no such task: {found.classes} files have passages enough, two are the least; give the text file by file"
+    table.add_row("passages.tsv", f"{found.passages:,}", told if found.passages else none)
+    table.add_row("cloze.jsonl", f"{found.cloze:,}", "last words, for lm-eval")
     out.print(table)
+    command = f"--model_args pretrained=FOLDER --include_path {output} --tasks ds_pretrain_cloze"
+    out.print(f"lm_eval --model hf {command}   # FOLDER: of ds-pretrain export", soft_wrap=True)
 
 
 @app.command()

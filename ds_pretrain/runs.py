@@ -189,6 +189,16 @@ def data_of(output: str) -> Any:
     return training_data(config)
 
 
+def texts_of(output: str) -> tuple[Any, Any]:
+    """The stores of a run's training and test text. ValueError where it was trained on several folders, or they are gone."""
+    config = run_of(output)
+    others = [folder for folder, weight in config.data.mix.items() if weight and folder != config.data.path]
+    if others:
+        raise ValueError(f"{output} was trained on {', '.join(others)} too (data.mix): text is counted in one folder only")
+    data = data_of(output)
+    return data.split("train").store, data.split("test").store
+
+
 def _verify() -> Any:
     """One process of a node compares the data with their checksums."""
     from ds_pretrain.parallel.launch import place

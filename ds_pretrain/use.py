@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ds_pretrain.console import Output, err, out
-from ds_pretrain.runs import data_of, load_model, load_tokenizer
+from ds_pretrain.runs import data_of, load_model, load_tokenizer, texts_of
 
 app = typer.Typer()
 MASK = "<mask>"
@@ -191,11 +191,10 @@ def memorised(
     """Say how much of its training text a causal run gives back verbatim, by how often that text occurs in it."""
     from ds_pretrain.evaluation import memorisation
 
-    model, data = load_model(output), data_of(output)
-    found = memorisation.memorised(model, data.split("train").store, data.split("test").store, prompt, tokens, windows)
+    model, (train, test) = load_model(output), texts_of(output)
+    found = memorisation.memorised(model, train, test, prompt, tokens, windows)
     if model.mesh.rank == 0:
-        title = f"{output}: {tokens} tokens after {prompt}, greedy; 0 are windows of the test split"
-        out.print(memorisation.table(found, title))
+        out.print(memorisation.table(found, output, train))
 
 
 def embedder(model: Any, tokenizer: Any) -> Any:

@@ -130,7 +130,8 @@ def test_a_preset_is_overridden_by_the_fields_beside_it():
 
 
 @pytest.mark.parametrize("path", sorted((configs() / "runs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_run_is_sound(path):
+def test_every_shipped_run_is_sound(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if yaml.safe_load(path.read_text()).get("init"):  # of weights that the user brings; it runs in tests/interop
         with pytest.raises(ConfigError, match=r"init .* has no checkpoints: give the output folder of a run"):
             load_run(path.stem)

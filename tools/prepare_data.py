@@ -499,12 +499,17 @@ def sample(
     output: Out,
     tier: Annotated[str, typer.Option(help="Of this quality tier alone: high, medium or low (screen --labels tier).")] = "",
     megabytes: Annotated[float, typer.Option(min=0, help="Text to keep, 10^6 bytes; 0: all.")] = 0,
+    split: Annotated[
+        str, typer.Option(help="Shares that `store` will get: its train documents count, the others stay.")
+    ] = "1,0,0",
     jobs: Jobs = 1,
 ) -> None:
     """Keep so much of the text, or of one quality tier: tiers of one size, to learn what quality is worth."""
-    size = round(megabytes * 1e6)
+    size, shares = round(megabytes * 1e6), parsed(split)
+    if megabytes and not size:
+        raise ValueError(f"--megabytes {megabytes:g} is less than a byte: give 0 for all, or more")
     check_sample(tier, size)
-    together(jobs, lambda team: show([("sample", draw_sample(Folder(documents), output, team, tier, size))]))
+    together(jobs, lambda team: show([("sample", draw_sample(Folder(documents), output, team, tier, size, shares))]))
 
 
 @app.command()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ def appearing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(attempt, ignore_errors=True)
         raise
+
+
+def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines that have this key; lines that a kill cut short are passed over."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for text in stream:
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and key in line:
+                    yield line
 
 
 class BusyError(OSError):

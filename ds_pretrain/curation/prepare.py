@@ -214,12 +214,12 @@ def _survey(folder: Path, read: Read, unit: Unit) -> None:
         name = split_of(each.text, read.shares)
         documents[name] += 1
         if name == "train" and read.sample_bytes:
-            ranked.append((_rank(each.text), len(each.text.encode())))
+            ranked.append((rank(each.text), len(each.text.encode())))
     lowest = _within([np.array(ranked, np.uint64).reshape(-1, 2)], read.sample_bytes)
     write_json(_surveyed(folder, unit), {"ledger": vars(ledger), "documents": documents, "lowest": lowest.tolist()})
 
 
-def _rank(text: str) -> int:
+def rank(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode(), seed=1)
 
 
@@ -232,7 +232,7 @@ def _within(ranked: Sequence[np.ndarray], size: int) -> np.ndarray:
 
 def _sample(read: Read, last: int, unit: Unit) -> list[tuple[int, str]]:
     """Rank and text of the documents of the train split up to this rank."""
-    ranked = ((_rank(each.text), each.text) for each in unit.read(Ledger(), read.text_field))
+    ranked = ((rank(each.text), each.text) for each in unit.read(Ledger(), read.text_field))
     return [(rank, text) for rank, text in ranked if rank <= last and split_of(text, read.shares) == "train"]
 
 

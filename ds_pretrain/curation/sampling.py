@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Dropped, Folder, Place, Row, Work, number_of, read_part, step, write_part
+from ds_pretrain.curation.prepare import rank, split_of
 from ds_pretrain.curation.quality import TIERS
 from ds_pretrain.curation.workers import Workers
+from ds_pretrain.data.store import SPLITS
 
 WEIGHED = np.dtype([("key", "<u8"), ("bytes", "<i8")])
 
@@ -26,46 +28,58 @@ def check(tier: str, size: int) -> None:
         raise ValueError(f"a sample of {size} bytes cannot be: give a size above 0, or 0 for all")
 
 
-def sample(before: Folder, out: Path, workers: Workers, tier: str = "", size: int = 0) -> Folder:
-    """Documents of a tier ("": of all) up to `size` bytes of text (0: all). ValueError if there are fewer, or no labels."""
+def sample(
+    before: Folder, out: Path, workers: Workers, tier: str = "", size: int = 0, shares: Sequence[float] = (1.0, 0.0, 0.0)
+) -> Folder:
+    """Documents of a tier ("": of all) with `size` bytes of text or as many more as the last one brings (0: all).
+
+    shares: of a split to come (`prepare`), whose train documents alone are counted and left out: what it will hold out stays
+    whole, so that samples of one size train on as much. ValueError if there is less text.
+    """
     check(tier, size)
 
     def do(work: Work) -> dict[str, Any]:
         place = work.place
-        work.each("weigh", place.parts, partial(_weigh, place, tier), partial(place.of, "weighed"))
-        last = _last(np.concatenate([runs.load(path) for path in place.every("weighed")]), before, tier, size)
-        work.write("draw", partial(_draw, work.folder, tier, last))
+        work.each("weigh", place.parts, partial(_weigh, place, tier, tuple(shares)), partial(place.of, "weighed"))
+        weighed = np.concatenate([runs.load(path) for path in place.every("weighed")])
+        if (there := int(weighed["bytes"].sum())) < max(1, size):
+            for path in place.every("weighed"):
+                path.unlink()  # so that nothing is left to go on with
+            raise ValueError(_too_little(before, tier, there, size))
+        work.write("draw", partial(_draw, work.folder, tier, tuple(shares), _last(weighed, size)))
         return {}
 
-    return step("sample", out, before, {"tier": tier, "bytes": size}, workers, do)
+    return step("sample", out, before, {"tier": tier, "bytes": size, "shares": list(shares)}, workers, do)
 
 
-def _last(weighed: np.ndarray, before: Folder, tier: str, size: int) -> int:
+def _too_little(before: Folder, tier: str, there: int, size: int) -> str:
+    what = f"of tier {tier} " if tier else ""
+    hint = "ask for less, or add text" if there else "label its documents first (screen --labels tier), or ask for another tier"
+    return f"{before.path} has {there:,} bytes {what}to train on, {size:,} are asked for: {hint}"
+
+
+def _last(weighed: np.ndarray, size: int) -> int:
     """The highest hash of the sample."""
-    there = int(weighed["bytes"].sum())
-    if not there or there < size:
-        of = f"{before.path} has {there:,} bytes" + (f" of tier {tier}" if tier else "")
-        hint = "" if there or not tier else ": label its documents first (screen --labels tier)"
-        raise ValueError(f"{of}, {max(size, 1):,} are asked for{hint or ': ask for less, or add text'}")
     ordered = np.sort(weighed, order="key")
     enough = int(np.searchsorted(np.cumsum(ordered["bytes"]), size)) if size else len(ordered) - 1
     return int(ordered["key"][enough])
 
 
-def _key(row: Row) -> int:
-    return xxhash.xxh3_64_intdigest(row.text.encode(), seed=1)  # another one than splits are drawn by
+def _trains(row: Row, tier: str, shares: Sequence[float]) -> bool:
+    return tier in ("", row.tier) and split_of(row.text, shares) == SPLITS[0]
 
 
-def _weigh(place: Place, tier: str, part: Path) -> None:
-    rows = [(_key(row), len(row.text.encode())) for row in read_part(part) if tier in ("", row.tier)]
+def _weigh(place: Place, tier: str, shares: Sequence[float], part: Path) -> None:
+    rows = [(rank(row.text), len(row.text.encode())) for row in read_part(part) if _trains(row, tier, shares)]
     runs.save(place.of("weighed", part), np.array(rows, dtype=WEIGHED))
 
 
-def _draw(folder: Path, tier: str, last: int, part: Path) -> None:
-    write_part(folder, number_of(part), (_drawn(row, tier, last) for row in read_part(part)))
+def _draw(folder: Path, tier: str, shares: Sequence[float], last: int, part: Path) -> None:
+    write_part(folder, number_of(part), (_drawn(row, tier, shares, last) for row in read_part(part)))
 
 
-def _drawn(row: Row, tier: str, last: int) -> Row | Dropped:
+def _drawn(row: Row, tier: str, shares: Sequence[float], last: int) -> Row | Dropped:
     if tier not in ("", row.tier):
         return Dropped(row, f"tier {row.tier or 'unlabelled'}")
-    return row if _key(row) <= last else Dropped(row, "enough without it")
+    enough = _trains(row, tier, shares) and rank(row.text) > last
+    return Dropped(row, "enough without it") if enough else row

@@ -1,8 +1,8 @@
 """Tasks to hold models against, from text that they were not trained on: of a prepared folder, one split's documents.
 
 A passage is a few lines that follow one another. `passages.tsv` says which file each is from, for `ds-pretrain probe`;
-`cloze.jsonl` asks for the last word of each, as LAMBADA does (Paperno et al. 2016), for lm-eval with
-ds_configs/lm_eval/cloze.yaml.
+`cloze.jsonl` asks for the last word of each, as LAMBADA does (Paperno et al. 2016), for lm-eval
+(ds_configs/lm_eval/cloze.yaml).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Passage(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """What was written. majority: the share of the most frequent class."""
+    """What was written, 0 where there is no such task. majority: the share of the most frequent class."""
 
     passages: int
     classes: int
@@ -48,29 +48,33 @@ class Tasks(NamedTuple):
 def make(prepared: str | Path, output: str | Path, split: str = "test", least: int = LEAST) -> Tasks:
     """Write OUTPUT/passages.tsv and OUTPUT/cloze.jsonl from the sources that a folder was prepared from.
 
-    least: passages of a file that is a class. ValueError if the sources are no longer what was prepared, or too few for a task.
+    least: passages of a file that is a class; without two such files there is no passages.tsv. ValueError if the sources are no
+    longer what was prepared, or too few for any task.
     """
     found = list(dict.fromkeys(_passages(_texts(Path(prepared), split))))
     counts = Counter(passage.file for passage in found)
     labelled = [passage for passage in found if counts[passage.file] >= least]
     asked = [match.groupdict() for passage in found if (match := CLOZE.fullmatch(passage.text))]
     classes = {passage.file for passage in labelled}
-    if len(classes) < 2 or not asked:
+    if not asked:
         raise ValueError(
-            f"the {split} split of {prepared} has {len(found)} passages, and {len(classes)} files with {least} or more: "
+            f"the {split} split of {prepared} has {len(found)} passages, none of which ends in a word: "
             "prepare it with a larger share for this split (--split 0.9,0.05,0.05)"
         )
-    Path(output).mkdir(parents=True, exist_ok=True)
-    _write(Path(output) / "passages.tsv", [f"{passage.text}\t{passage.file}" for passage in labelled])
-    _write(Path(output) / "cloze.jsonl", [json.dumps(each, ensure_ascii=False) for each in asked])
-    most = max(counts[file] for file in classes)
-    return Tasks(len(labelled), len(classes), most / len(labelled), len(asked))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "cloze.jsonl", [json.dumps(each, ensure_ascii=False) for each in asked])
+    if len(classes) < 2:
+        (folder / "passages.tsv").unlink(missing_ok=True)
+        return Tasks(0, len(classes), 0.0, len(asked))
+    _write(folder / "passages.tsv", [f"{passage.text}\t{passage.file}" for passage in labelled])
+    return Tasks(len(labelled), len(classes), max(map(counts.__getitem__, classes)) / len(labelled), len(asked))
 
 
 def _texts(prepared: Path, split: str) -> Iterator[tuple[str, str]]:
     """File and text of each document of a split."""
-    if split not in SPLITS:
-        raise ValueError(unknown("split", split, SPLITS))
+    if split not in SPLITS[1:]:
+        raise ValueError(unknown("split that is held out", split, SPLITS[1:]))
     path = prepared / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a folder that ds-pretrain prepare wrote")

@@ -139,6 +139,17 @@ def list_files(source: str | Path) -> list[Path]:
     files = sorted(p for p in _below(path) if p.name.endswith(known)) if path.is_dir() else [path]
     if not files or not files[0].name.endswith(known):
         raise ValueError(f"no corpus at {path}: expected files ending in {', '.join(SUFFIXES)}, alone or with .gz or .zst")
+    return _regular(files)
+
+
+def fixed(source: str) -> Path:
+    """The path of a source; of a pattern the folder that all its files are below."""
+    match = None if Path(source).exists() else PATTERN.search(source)
+    return Path(source[: match.start()] + "x").parent if match else Path(source)
+
+
+def _regular(files: list[Path]) -> list[Path]:
+    """The same. ValueError naming one that is no file."""
     for file in files:
         if not file.is_file():
             what = f"a link to nothing ({os.readlink(file)})" if file.is_symlink() else "no regular file"
@@ -147,10 +158,10 @@ def list_files(source: str | Path) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    files = sorted(path for path in map(Path, glob.iglob(pattern, recursive=True)) if path.is_file())
+    files = sorted(path for path in map(Path, glob.iglob(pattern, recursive=True)) if not path.is_dir())
     if not files:
         raise ValueError(f"no corpus at {pattern}: no file matches (** is any depth of folders; quote it from the shell)")
-    return files
+    return _regular(files)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -205,7 +216,7 @@ def read_file(path: Path, source: str, ledger: Ledger, text_field: str = "text")
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix in PACKED and not path.stat().st_size:
+    if path.suffix in PACKED[1:] and not path.stat().st_size:
         raise EOFError("it has no byte, and packed nothing has some")  # Python and zstandard take it for packed nothing
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]

@@ -118,7 +118,8 @@ def is_path(source: str) -> bool:
 def check_apart(sources: Sequence[str], output: Path) -> None:
     """ValueError if what is made would lie among what is read."""
     for source in sources:
-        if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+        folder = corpus.fixed(source)
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{output} lies inside of the source {source}, and would be read as one: choose another folder")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,15 +18,20 @@ from ds_pretrain.core import rng
 from ds_pretrain.training.inference import FrozenModel
 
 
-class Sampling(NamedTuple):
-    """How text is drawn. tokens: new ones at most. temperature: 0 is greedy. top_k: keep so many candidates, 0 all. top_p: keep
-    this much probability. seed: another seed, another text."""
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn."""
 
     tokens: int = 100
+    """New ones at most."""
     temperature: float = 0.8
+    """0 is greedy."""
     top_k: int = 0
+    """Keep so many candidates; 0: all."""
     top_p: float = 0.95
+    """Keep this much probability."""
     seed: int = 0
+    """Another seed, another text."""
 
 
 def generate(

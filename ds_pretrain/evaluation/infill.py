@@ -91,7 +91,7 @@ def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int =
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []
-    for token in generate(model, prompt, vocab.eod, vocab.specials, Sampling(tokens, 0)):
+    for token in generate(model, prompt, vocab.eod, vocab.specials, Sampling(tokens, temperature=0)):
         ids.append(token)
         if one_line and "\n" in tokenizer.decode([token]):
             break

@@ -58,7 +58,7 @@ def memorised(
     if model.objective.kind != "causal":
         raise ValueError(f"objective {model.objective.name} does not continue texts: use a causal run")
     room = model.build.model.positions
-    if room and prompt + tokens >= room:
+    if room and prompt + tokens > room + 1:  # the last token is not read
         raise ValueError(f"windows of {prompt} + {tokens} tokens do not fit {room} positions: lower --prompt or --tokens")
     eod: int = train.info["eod"]
     groups = windows(_ids(train), _ids(test), eod, prompt + tokens, count, seed)
@@ -113,16 +113,17 @@ def _drawn(ids: np.ndarray, starts: np.ndarray, length: int, count: int, seed: i
 
 def _verbatim(model: FrozenModel, eod: int, ids: np.ndarray, prompt: int) -> int:
     """How many of these windows come out as they are."""
-    done = 0
+    done, how = 0, Sampling(ids.shape[1] - prompt, temperature=0)
     for rows in np.array_split(ids, range(ROWS, len(ids), ROWS)):
-        steps = continue_all(model, rows[:, :prompt].tolist(), eod, frozenset(), Sampling(ids.shape[1] - prompt, 0))
+        steps = continue_all(model, rows[:, :prompt].tolist(), eod, frozenset(), how)
         written = np.array([[-1 if token is None else token for token in step] for step in steps]).reshape(-1, len(rows)).T
         done += sum(np.array_equal(mine, row[prompt:]) for mine, row in zip(written, rows, strict=True))
     return done
 
 
-def table(found: Sequence[Recall], title: str) -> Table:
+def table(found: Sequence[Recall], output: str, train: Store) -> Table:
     """For people."""
+    title = f"{output}: windows of its first {min(MOST, train.info['tokens']):,} training tokens, and of the test split (0)"
     shown = Table("occurrences in training", "windows there", "tried", "verbatim", "share", title=title, title_justify="left")
     for each in found:
         shown.add_row(each.occurrences, f"{each.there:,}", f"{each.tried:,}", f"{each.verbatim:,}", f"{each.share:.2%}")

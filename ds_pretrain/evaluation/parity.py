@@ -220,7 +220,8 @@ def run(
     left = {world: [case for case in legal[world] if case not in recorded] for world in worlds}
     goes = [(world, left[world][i : i + AT_ONCE]) for world in worlds for i in range(0, len(left[world]), AT_ONCE)]
     measured = {result.case: result for world, some in goes for result in spawn(world, run_cases, some, steps, record)}
-    return [(recorded | measured)[case] for world in worlds for case in legal[world]]
+    found = recorded | measured
+    return [found[case] for world in worlds for case in legal[world]]
 
 
 def run_cases(todo: Sequence[Case], steps: int, record: Record | None = None) -> list[Result]:

@@ -7,15 +7,16 @@ steps and tokens: it takes the tokens per step for constant, which packed rows m
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from ds_pretrain.core.files import json_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ class History:
     @staticmethod
     def read(path: str | Path) -> History:
         lines: dict[tuple[int, str], dict[str, Any]] = {}
-        for line in logged(Path(path)):
+        for line in json_lines(Path(path), "step"):
             step = int(line["step"])
             for later in [key for key in reversed(lines) if key[0] > step]:  # none, unless the run was resumed
                 del lines[later]
@@ -243,18 +244,6 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     for i in range(len(placed) - 1, -1, -1):
         placed[i] = min(placed[i], placed[i + 1] - gap if i + 1 < len(placed) else 1.0)
     return placed
-
-
-def logged(path: Path) -> Iterator[dict[str, Any]]:
-    """What a run has logged, but for what is not whole."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and "step" in line:
-                yield line
 
 
 def _heads(line: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ds_pretrain.config import RunConfig
-from ds_pretrain.evaluation.plots import logged
+from ds_pretrain.core.files import json_lines
 from ds_pretrain.interop.rules import Side
 from ds_pretrain.training.checkpoint import Snapshot
 
@@ -57,7 +57,7 @@ def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side]
 def _scores(metrics: Path, step: int) -> dict[str, Any]:
     """The last evaluation up to a step, of the run's own validation split."""
     found: dict[str, Any] = {}
-    for line in logged(metrics) if metrics.is_file() else ():
+    for line in json_lines(metrics, "step") if metrics.is_file() else ():
         found = line if line.get("split") == "validation" and line["step"] <= step else found
     return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
 

@@ -111,13 +111,22 @@ def score(sweep: Sweep) -> None:
     if not plan.asked:
         raise ValueError(f"{sweep} asks for no scores: add some, such as scores: {{works: {{by: probe, texts: FILE}}}}")
     done = [(each, at.step) for each in plan.cells if (at := cells.state(each)).status == "finished"]
+    failed: list[str] = []
     with Progress(console=out, transient=True) as bar:
         task = bar.add_task("score", total=len(done))
         for each, step in done:
             bar.update(task, description=f"score {each.name}")
-            scores.score(each.folder, step, plan.asked)
+            try:
+                scores.score(each.folder, step, plan.asked)
+            except (ValueError, OSError) as error:
+                failed.append(f"{each.name}: {error}")
             bar.advance(task)
-    out.print(f"{len(done)} of {len(plan.cells)} cells are scored; next: ds-pretrain sweep report {sweep}")
+    for line in failed:
+        out.print(f"[bold red]not scored[/bold red] {escape(line)}", soft_wrap=True)
+    told = f"{len(done) - len(failed)} of {len(plan.cells)} cells are scored"
+    out.print(f"{told}; next: ds-pretrain sweep report {sweep}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

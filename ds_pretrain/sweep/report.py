@@ -20,7 +20,7 @@ from ds_pretrain.core.files import whole
 from ds_pretrain.evaluation.plots import BLUE, DPI, EXTRA, GREY, ORANGE, History, plain, smoothed
 from ds_pretrain.sweep.results import rows
 from ds_pretrain.sweep.scores import Asked
-from ds_pretrain.sweep.spec import Cell, Spec
+from ds_pretrain.sweep.spec import Budget, Cell, Spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "parameters": ("N (without embeddings)", "{:,.0f}".format),
     "tokens": ("tokens", "{:,.0f}".format),
     "loss_tokens": ("loss tokens", "{:,.0f}".format),
+    "model_flops": ("model FLOPs", "{:.3g}".format),
     "loss": ("validation loss (nats per target)", "{:.4f}".format),
     "perplexity": ("perplexity (per token)", "{:.2f}".format),
     "word_perplexity": ("perplexity (per word)", "{:,.5g}".format),
@@ -57,8 +58,10 @@ class Line(NamedTuple):
         return ", ".join(self.labels.values()) or "all"
 
     def values(self, column: str) -> list[float]:
-        """Of the cells that have one; columns that do not vary among seeds have it once."""
-        return [float(row[column]) for row in self.rows if isinstance(row.get(column), int | float)]
+        """Of the cells that have finished."""
+        return [
+            float(row[column]) for row in self.rows if row["status"] == "finished" and isinstance(row.get(column), int | float)
+        ]
 
 
 def write(spec: Spec, source: Path, folder: Path) -> Path:
@@ -68,8 +71,8 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
     if not found:
         raise ValueError(f"no cell of {spec.output} has trained yet: run them first with ds-pretrain sweep run")
     folder.mkdir(parents=True, exist_ok=True)
-    sound = [line for line in found if any(row["status"] != "failed" for row in line.rows)] or found
-    curves(sound).savefig(folder / "curves.png", dpi=DPI)
+    sound = [line for line in found if any(row["status"] == "finished" for row in line.rows)]
+    curves(found).savefig(folder / "curves.png", dpi=DPI)
     parts = [*_head(source), *table(found), "![Learning curves](curves.png)"]
     if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
         panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
@@ -108,9 +111,15 @@ def table(found: Sequence[Line]) -> Iterator[str]:
     """Markdown: a line for each combination, what it cost and reached, and what the figures are of."""
     yield _markdown(found, [column for column in FIGURES if any(line.values(column) for line in found)], _heading)
     several = any(len(line.rows) > 1 for line in found)
+    left = [
+        f"{row['run']} ({row['status']} after step {row['steps']:,})" for row in _rows(found) if row["status"] != "finished"
+    ]
     notes = ["Figures of several seeds: mean ± standard deviation of one."] * several + list(_denominators(found))
-    if notes:
-        yield " ".join(notes)
+    yield " ".join(notes + [f"Not finished, and in no figure: {', '.join(left)}."] * bool(left))
+
+
+def _rows(found: Sequence[Line]) -> list[Row]:
+    return [row for line in found for row in line.rows]
 
 
 def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
@@ -122,12 +131,16 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
 
 def _markdown(found: Sequence[Line], columns: Sequence[str], heading: Callable[[str], str]) -> str:
     axes = list(dict.fromkeys(axis for line in found for axis in line.labels))
-    header = [*axes, "cells", *map(heading, columns)]
+    header = [*axes, "finished", *map(heading, columns)]
     body = [
-        [*(line.labels.get(axis, "") for axis in axes), str(len(line.rows)), *(_told(line, column) for column in columns)]
+        [*(line.labels.get(axis, "") for axis in axes), _finished(line), *(_told(line, column) for column in columns)]
         for line in found
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def _finished(line: Line) -> str:
+    return f"{sum(row['status'] == 'finished' for row in line.rows)} of {len(line.rows)}"
 
 
 def _heading(column: str) -> str:
@@ -148,7 +161,7 @@ def _told(line: Line, column: str) -> str:
 
 def _format(column: str) -> Callable[[float], str]:
     figure = column.rpartition("/")[2]
-    if figure in ("texts", "tokens_scored"):
+    if figure in ("texts", "tokens_scored") or figure.endswith(" tried"):
         return "{:,.0f}".format
     return "{:.2%}".format if figure in SHARES or figure[:1].isdigit() else "{:.4g}".format
 
@@ -186,21 +199,23 @@ def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
     """Colour and line style of each line."""
     first = [next(iter(line.labels.values()), "") for line in found]
     rest = [tuple(line.labels.values())[1:] for line in found]
-    colours = dict(zip(dict.fromkeys(first), cycle(COLOURS)))
-    styles = dict(zip(dict.fromkeys(rest), cycle(STYLES)))
-    return [(colours[a], styles[b]) for a, b in zip(first, rest, strict=True)]
+    colours, styles = list(dict.fromkeys(first)), list(dict.fromkeys(rest))
+    looks = []
+    for a, b in zip(first, rest, strict=True):
+        turns, place = divmod(colours.index(a), len(COLOURS))
+        looks.append((COLOURS[place], STYLES[(styles.index(b) + turns) % len(STYLES)]))
+    return looks
 
 
 def curves(found: Sequence[Line]) -> Figure:
-    """Training loss, validation loss, gradient norm and learning rate against tokens, a line for each cell."""
+    """Training loss, validation loss, gradient norm and learning rate against tokens: a line for each sound cell."""
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
-        for number, cell in enumerate(line.cells):
-            look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": line.name if not number else None}
+        sound = [cell for cell, row in zip(line.cells, line.rows, strict=True) if row["status"] != "failed"]
+        for cell, label in zip(sound, [line.name, *[None] * len(sound)], strict=False):
+            look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label}
             _draw_run(axes, _history(cell), _splits(cell), look)
-    for panel, title in zip(
-        axes, ("training loss, smoothed", "validation loss", "gradient norm", "learning rate"), strict=True
-    ):
+    for panel, title in zip(axes, PANELS, strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
     axes[0].set_ylabel("nats per target")
@@ -251,7 +266,7 @@ def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
 def _figure_of(each: Asked, found: Sequence[Line]) -> str:
     """The column that a score is drawn by: the first of these that it has."""
     columns = [f"{each.name}/{figure}" for figure in ("bits_per_byte", "accuracy", "loss")]
-    return next(column for column in [*columns, columns[-1]] if any(line.values(column) for line in found))
+    return next((column for column in columns if any(line.values(column) for line in found)), columns[-1])
 
 
 def _caption(each: Asked, found: Sequence[Line]) -> str:
@@ -265,10 +280,10 @@ def _mean(found: Sequence[Line], column: str) -> float:
 
 
 def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None:
-    """Lines of one first label joined: how the score grows with an axis."""
-    first = [next(iter(line.labels.values()), "") for line in found]
-    for name, colour in zip(dict.fromkeys(first), cycle(COLOURS)):
-        mine = [line for line, label in zip(found, first, strict=True) if label == name and line.values(column)]
+    """Lines that differ by their budget alone joined: how the score grows with an axis."""
+    others = [", ".join(label for name, label in line.labels.items() if name not in Budget.model_fields) for line in found]
+    for name, colour in zip(dict.fromkeys(others), cycle(COLOURS)):
+        mine = [line for line, label in zip(found, others, strict=True) if label == name and line.values(column)]
         points = sorted((statistics.fmean(line.values(axis)), *_spread(line.values(column))) for line in mine)
         if points:
             at, means, spreads = map(np.array, zip(*points, strict=True))
@@ -288,12 +303,13 @@ def _bars(panel: Axes, found: Sequence[Line], column: str) -> None:
 
 
 def _by_occurrence(panel: Axes, found: Sequence[Line], name: str) -> None:
-    columns = sorted((column for column in scores(found) if column.startswith(f"{name}/")), key=_first)
+    mine = [column for column in scores(found) if column.startswith(f"{name}/") and not column.endswith(" tried")]
+    columns = sorted(mine, key=_first)
     places = {column: place for place, column in enumerate(columns)}
     for line, (colour, style) in zip(found, _styles(found), strict=True):
-        mine = [(places[column], 100 * statistics.fmean(line.values(column))) for column in columns if line.values(column)]
-        if mine:
-            panel.plot(*zip(*mine, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=line.name)
+        points = [(places[column], 100 * statistics.fmean(line.values(column))) for column in columns if line.values(column)]
+        if points:
+            panel.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=line.name)
     panel.set_xticks(range(len(columns)), [column.rpartition("/")[2] for column in columns])
     panel.set(xlabel="occurrences in the training text (0: test split)", ylabel="%")
     plain(panel)

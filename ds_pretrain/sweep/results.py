@@ -14,7 +14,7 @@ from ds_pretrain.core.files import whole
 from ds_pretrain.evaluation.plots import History
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.sweep.cells import State, Status, state
-from ds_pretrain.sweep.scores import read
+from ds_pretrain.sweep.scores import Asked, figures
 from ds_pretrain.sweep.spec import Cell, Spec, parameters
 
 COLOURS: dict[Status, str] = {
@@ -65,7 +65,7 @@ def failures(found: dict[str, State]) -> list[str]:
 
 def rows(spec: Spec) -> list[dict[str, Any]]:
     """A row for each cell, as `collect` writes them."""
-    return [_row(cell, state(cell)) for cell in spec.cells]
+    return [_row(cell, state(cell), spec.asked) for cell in spec.cells]
 
 
 def collect(spec: Spec) -> tuple[Path, Path]:
@@ -85,7 +85,7 @@ def collect(spec: Spec) -> tuple[Path, Path]:
     return cells, curves
 
 
-def _row(cell: Cell, at: State) -> dict[str, Any]:
+def _row(cell: Cell, at: State, asked: list[Asked]) -> dict[str, Any]:
     """A cell: what it is, what it cost, what it reached. parameters: N without embeddings; flops: 6 N tokens; model_flops: with
     its masks and scored positions counted; loss_tokens: targets that the losses were sums over; loss: of the validation split
     at the end, in nats per target; NAME/figure: of the sweep's scores."""
@@ -101,9 +101,7 @@ def _row(cell: Cell, at: State) -> dict[str, Any]:
         "steps": at.step,
     }
     if at.step:
-        row |= _reached(cell, size)
-    for name, scored in read(cell.folder).items():
-        row |= {f"{name}/{figure}": value for figure, value in scored["figures"].items()}
+        row |= _reached(cell, size) | figures(cell.folder, at.step, asked)
     return {**row, "ranks": cell.ranks, "reason": " ".join(at.reason.split())}
 
 

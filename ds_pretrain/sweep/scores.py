@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_pretrain.core.files import whole
-from ds_pretrain.core.registry import Registry
-from ds_pretrain.runs import data_of, load_model, load_tokenizer
+from ds_pretrain.core.registry import Registry, unknown
+from ds_pretrain.data.store import SPLITS, file_digest
+from ds_pretrain.objectives import Objective
+from ds_pretrain.runs import load_model, load_tokenizer, run_of, texts_of
 
 Figures = dict[str, float]
 
@@ -39,10 +41,6 @@ class Run:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.output)
 
-    @cached_property
-    def data(self) -> Any:
-        return data_of(self.output)
-
 
 SCORES: Registry[Callable[..., Figures]] = Registry("score")
 """By name, functions of a run and their own fields."""
@@ -55,7 +53,8 @@ def evaluated(run: Run, data: str, split: str = "test", tokens: int | None = Non
     from ds_pretrain.evaluation.perplexity import evaluate
 
     objective = run.model.objective.likelihood or run.model.objective
-    dataset = PretrainingDataset(data, run.tokenizer, run.data.seq_len, objective.evaluated, split)
+    length = run_of(run.output).batch.seq_len
+    dataset = PretrainingDataset(data, run.tokenizer, length, objective.evaluated, split)
     return evaluate(run.model.under(objective), dataset, tokens).as_metrics(objective.measure)
 
 
@@ -76,9 +75,12 @@ def memorised(run: Run, prompt: int = 32, tokens: int = 32, windows: int = 200) 
     """The share of training windows that come out verbatim, by how often they occur; 0: windows of the test split."""
     from ds_pretrain.evaluation.memorisation import memorised
 
-    train, test = (run.data.split(name).store for name in ("train", "test"))
-    found = memorised(run.model, train, test, prompt, tokens, windows)
-    return {each.occurrences: each.share for each in found}
+    found = memorised(run.model, *texts_of(run.output), prompt, tokens, windows)
+    return {
+        name: value
+        for each in found
+        for name, value in ((each.occurrences, each.share), (f"{each.occurrences} tried", each.tried))
+    }
 
 
 class Asked(NamedTuple):
@@ -99,18 +101,48 @@ class Asked(NamedTuple):
             raise ValueError(f"scores.{name}: {error} (of {by})") from None
         return Asked(name, by, fields)
 
+    def problems(self, objective: Objective) -> list[str]:
+        """What keeps a run of this objective from being scored, known before it is trained."""
+        found = [f"scores.{self.name}: there is no {path}" for path in self.paths if not path.exists()]
+        if self.fields.get("split", "test") not in SPLITS:
+            found.append(f"scores.{self.name}: {unknown('split', str(self.fields['split']), SPLITS)}")
+        if self.by == "memorised" and objective.kind != "causal":
+            found.append(f"scores.{self.name}: {objective.name} continues no text, so what it has memorised cannot be asked")
+        return found
 
-def score(folder: Path, step: int, asked: list[Asked]) -> dict[str, Figures]:
-    """The figures of a cell by the names of its scores; what was computed at this step before is read."""
-    path, run = folder / "scores.json", Run(folder)
-    known = read(folder)
+    @property
+    def paths(self) -> list[Path]:
+        """The file or folder that it reads."""
+        return [Path(str(self.fields[name])) for name in ("data", "texts") if name in self.fields]
+
+    def mark(self, step: int) -> dict[str, Any]:
+        """What a figure is known by: all that was asked, the step, and what was read, by its content."""
+        contents = {str(path): _content(path) for path in self.paths}
+        return {"by": self.by, **self.fields, "step": step, "contents": contents}
+
+
+def _content(path: Path) -> str:
+    """A digest of a file, or of a prepared folder."""
+    file = path / "manifest.json" if path.is_dir() else path
+    return file_digest(file) if file.is_file() else ""
+
+
+def score(folder: Path, step: int, asked: list[Asked]) -> None:
+    """Compute the scores of a cell that are not known yet at this step."""
+    run, known = Run(folder), read(folder)
     for each in asked:
-        mark = {"by": each.by, **each.fields, "step": step}
+        mark = each.mark(step)
         if known.get(each.name, {}).get("asked") != mark:
             known[each.name] = {"asked": mark, "figures": SCORES[each.by](run, **each.fields)}
-            with whole(path) as file:
+            with whole(folder / "scores.json") as file:
                 file.write(json.dumps(known, indent=1).encode())
-    return {each.name: known[each.name]["figures"] for each in asked}
+
+
+def figures(folder: Path, step: int, asked: list[Asked]) -> Figures:
+    """What is known of a cell at this step, by NAME/figure: of what is asked, as it is asked."""
+    known = read(folder)
+    sound = [each.name for each in asked if known.get(each.name, {}).get("asked") == each.mark(step)]
+    return {f"{name}/{figure}": value for name in sound for figure, value in known[name]["figures"].items()}
 
 
 def read(folder: Path) -> dict[str, Any]:

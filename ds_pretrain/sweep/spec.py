@@ -141,13 +141,20 @@ class Spec(BaseModel):
         """ConfigError with everything that is wrong with any cell."""
         wrong: dict[str, list[str]] = defaultdict(list)
         for cell in self.cells:
-            for problem in cell.problems():
+            for problem in [*cell.problems(), *self._unscorable(cell)]:
                 wrong[problem].append(cell.name)
         found = [f"{_some(names, len(self.cells))}: {problem}" for problem, names in wrong.items()]
         if twice := [name for name, count in _counted(cell.name for cell in self.cells) if count > 1]:
             found.append(f"{twice[0]}: {len(twice)} cells are there more than once: a value is repeated")
         if found:
             raise ConfigError(self.output, found)
+
+    def _unscorable(self, cell: Cell) -> list[str]:
+        try:
+            objective = cell.config.make_objective()
+        except (ValueError, TypeError):  # told among the cell's own problems
+            return []
+        return [problem for each in self.asked for problem in each.problems(objective)]
 
     def find(self, which: str) -> Cell:
         """A cell by its name or number. ValueError with the nearest name."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from ds_pretrain.core.exits import BUSY, DIVERGED, MISTAKE
-from ds_pretrain.evaluation.plots import logged
+from ds_pretrain.core.files import json_lines
 
 LASTING = {MISTAKE: "a mistake in the run or its data", DIVERGED: "divergence"}
 """Exit codes that another start gives again."""
@@ -48,7 +48,7 @@ def why_not(output: Path, code: int, most: int) -> str:
 def reached(output: Path) -> int:
     """The last step that a run logged; 0 before the first."""
     path = output / "metrics.jsonl"
-    return max((int(line["step"]) for line in logged(path)), default=0) if path.is_file() else 0
+    return max((int(line["step"]) for line in json_lines(path, "step")), default=0) if path.is_file() else 0
 
 
 def failures(output: Path) -> list[int]:

@@ -6,6 +6,7 @@ import pytest
 from planted import digests, jsonl
 
 from ds_pretrain.curation import reading
+from ds_pretrain.curation.prepare import split_of
 from ds_pretrain.curation.reading import read
 from ds_pretrain.curation.sampling import sample
 from ds_pretrain.curation.screening import screening
@@ -60,10 +61,22 @@ def test_the_bytes_do_not_depend_on_who_draws(labelled, tmp_path):
 
 def test_what_cannot_be_drawn_is_told(labelled, tmp_path):
     everything = size_of(labelled.rows())
-    with pytest.raises(ValueError, match=f"has {everything:,} bytes, {10 * everything:,} are asked for: ask for less"):
-        sample(labelled, tmp_path / "more", HERE, size=10 * everything)
+    told = f"has {everything:,} bytes to train on, {10 * everything:,} are asked for: ask for less"
+    with pytest.raises(ValueError, match=told):
+        sample(labelled, tmp_path / "none", HERE, size=10 * everything)
     with pytest.raises(ValueError, match=r"label its documents first \(screen --labels tier\)"):
         sample(labelled.__class__(labelled.path.with_name("read")), tmp_path / "none", HERE, "high", 10)
     with pytest.raises(ValueError, match="unknown tier 'hihg': did you mean 'high'"):
         sample(labelled, tmp_path / "none", HERE, "hihg")
-    assert not (tmp_path / "none").exists()
+    assert not list(tmp_path.iterdir()), "nothing is left of what failed"
+    assert sample(labelled, tmp_path / "none", HERE, size=SIZE).report["documents"], "asked for less"
+
+
+def test_what_a_split_will_hold_out_stays_whole(labelled, tmp_path):
+    shares = (0.6, 0.2, 0.2)
+    apart = {row.number for row in labelled.rows() if split_of(row.text, shares) != "train"}
+    found = list(sample(labelled, tmp_path / "out", HERE, size=SIZE, shares=shares).rows())
+    kept = {row.number for row in found}
+    assert apart and apart < kept
+    longest = max(len(row.text.encode()) for row in labelled.rows())
+    assert SIZE <= size_of(row for row in found if row.number not in apart) < SIZE + longest

@@ -16,7 +16,7 @@ import pytest
 from planted import digests, edited, jaccard, jsonl, planted, words
 
 from ds_pretrain.core.differing import differing
-from ds_pretrain.curation import documents, reading, runs
+from ds_pretrain.curation import documents, duplicates, reading, runs
 from ds_pretrain.curation.contamination import decontaminate
 from ds_pretrain.curation.documents import Folder
 from ds_pretrain.curation.duplicates import _together, clusters, exact, near
@@ -46,6 +46,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(reading, "PART", 4000)
     monkeypatch.setattr(documents, "ROW_GROUP", 2000)
     monkeypatch.setattr(runs, "BUCKET", 500)
+    monkeypatch.setattr(duplicates, "AT_ONCE", 3000)
 
 
 def corpus(folder, texts, files=4):

@@ -17,6 +17,7 @@ import zstandard
 
 from ds_pretrain.data import corpus, embedded
 from ds_pretrain.data.corpus import GIANT, HARD, SOFT, Ledger, cut, read
+from ds_pretrain.data.sources import check_apart
 
 TEXTS = [f"document {i} with é and 日本\nand a second line" for i in range(30)]
 
@@ -199,6 +200,17 @@ def test_a_pattern_names_files_of_any_kind(tmp_path):
     assert [document.text for document in read(f"{tmp_path}/**/*.py")] == ["one = 1", "two = 2"]
     assert [document.text for document in read(f"{tmp_path}/deep/**")] == ["two = 2", "four", "three = 3"]
     assert [document.text for document in read(f"{tmp_path}/*.jsonl")] == TEXTS[:3]
+    (tmp_path / "f/LICENSE").parent.mkdir()
+    (tmp_path / "f/LICENSE").touch()
+    ledger = Ledger()
+    with pytest.raises(ValueError, match=r"quarantined: empty: 1|nothing"):
+        list(read(f"{tmp_path}/f/*", ledger))
+    (tmp_path / "f/link.txt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing \(nowhere\)"):
+        list(read(f"{tmp_path}/f/*"))
+    with pytest.raises(ValueError, match="lies inside of the source"):
+        check_apart([f"{tmp_path}/deep/**"], tmp_path / "deep/out")
+    check_apart([f"{tmp_path}/deep/**"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"no corpus at .*\*\.rs: no file matches"):
         list(read(f"{tmp_path}/*.rs"))
 

@@ -58,7 +58,7 @@ def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained)
     _, dataset, output = trained
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
     prompt = dataset.tokenizer.encode("The import").tolist()
-    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(5, 0)))
+    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(5, temperature=0)))
     logits = model.logits(torch.tensor([[vocab.eod, *prompt]]))[0]
     logits[sorted(vocab.specials - {vocab.eod})] = -torch.inf
     assert greedy[0] == int(logits.argmax())
@@ -94,9 +94,9 @@ def test_a_prompt_is_continued_the_same_in_any_company(trained, data):
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
     prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
     texts = [[vocab.eod, *prompt] for prompt in prompts]
-    together = list(continue_all(model, texts, vocab.eod, vocab.specials, Sampling(40, 0)))
+    together = list(continue_all(model, texts, vocab.eod, vocab.specials, Sampling(40, temperature=0)))
     for number, prompt in enumerate(prompts):
-        alone = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(40, 0)))
+        alone = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(40, temperature=0)))
         assert alone == [step[number] for step in together if step[number] is not None]
 
 
@@ -150,7 +150,7 @@ class Counting:
 
 def test_unmasking_uncovers_the_surest_first_block_by_block():
     model = Counting()
-    found = unmask(model, [50, 51], 99, frozenset({99}), Sampling(10, 0), block=4, steps=2)
+    found = unmask(model, [50, 51], 99, frozenset({99}), Sampling(10, temperature=0), block=4, steps=2)
     assert found == list(range(2, 12))
     assert model.seen == [4, 2, 4, 2, 2, 1], "two passes a block, half of it each"
     once, twice = (unmask(model, [], 99, frozenset({99}), Sampling(3, 0.8, seed=1)) for _ in range(2))

@@ -1,7 +1,6 @@
 """What goes out scores in other people's harnesses, and a sentence model of theirs comes in: lm-eval, sentence-transformers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ds_pretrain import config
 from ds_pretrain.cli import app
-from ds_pretrain.curation.tasks import make
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.runs import load_model, load_tokenizer, make_trainer, open_run
 
 TEXTS = ["The cat sits on the mat.", "A feline rests on a rug, quietly watching.", "Ranks divide the optimizer's states."]
-TASK = Path(config.__file__).parents[1] / "ds_configs/lm_eval/cloze.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -77,28 +73,29 @@ def test_an_exported_model_scores_in_lm_eval_as_it_does_here(data, corpus, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     model, tokenizer = trained(tmp_path, data, "clm", {"preset": "gpt2-small", "layers": 2, "hidden": 64, "heads": 4})
-    make(data, "data/tasks", least=2)
-    shutil.copytree(TASK.parent, tmp_path / "lm_eval")
+    assert CliRunner().invoke(app, ["tasks", str(data), "-o", "tasks"]).exit_code == 0
     answer = lm_eval.simple_evaluate(
         "hf",
         model_args={"pretrained": str(tmp_path / "out"), "device": "cpu", "dtype": "float32"},
         tasks=["ds_pretrain_cloze"],
-        task_manager=TaskManager(include_path=str(tmp_path / "lm_eval")),
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks")),
         limit=40,
         bootstrap_iters=0,
         random_seed=None,
     )
     scores = answer["results"]["ds_pretrain_cloze"]
-    asked = [json.loads(line) for line in Path("data/tasks/cloze.jsonl").read_text().splitlines()][:40]
-    nats = [_nats(model, tokenizer, each["context"], " " + each["word"]) for each in asked]
-    assert scores["perplexity,none"] == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-4)
+    asked = [json.loads(line) for line in Path("tasks/cloze.jsonl").read_text().splitlines()][:40]
+    found = [_scored(model, tokenizer, each["context"], " " + each["word"]) for each in asked]
+    assert scores["perplexity,none"] == pytest.approx(float(np.exp(np.mean([nats for nats, _ in found]))), rel=1e-4)
+    assert scores["acc,none"] == pytest.approx(np.mean([greedy for _, greedy in found]))
 
 
-def _nats(model, tokenizer, context, word):
-    """Of a word after a context, by our own network. Truncated on the left, as lm-eval does."""
+def _scored(model, tokenizer, context, word):
+    """Nats of a word after a context by our own network, and whether it is what is most probable. Truncated on the left, as
+    lm-eval does."""
     asked = len(tokenizer.encode(context + word)) - len(tokenizer.encode(context))
     ids = torch.from_numpy(tokenizer.encode(context + word).astype(np.int64))[-(model.build.model.positions + 1) :]
     inputs, chosen = ids[None, :-1], torch.zeros(1, len(ids) - 1, dtype=torch.bool)
     chosen[0, -asked:] = True
     logits = model.logits_at(inputs, chosen).log_softmax(-1)
-    return -float(logits[torch.arange(asked), ids[-asked:]].sum())
+    return -float(logits[torch.arange(asked), ids[-asked:]].sum()), bool((logits.argmax(-1) == ids[-asked:]).all())

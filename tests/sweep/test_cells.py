@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -16,7 +17,8 @@ from ds_pretrain.config import ConfigError
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.evaluation.perplexity import evaluate
 from ds_pretrain.objectives import create
-from ds_pretrain.sweep import cells, results
+from ds_pretrain.sweep import cells, report, results
+from ds_pretrain.sweep.scores import figures
 from ds_pretrain.sweep.spec import read
 from ds_pretrain.training.inference import FrozenModel
 
@@ -183,6 +185,10 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     files = [cell.folder / "scores.json" for cell in read(str(scored)).cells[:2]]
     before = [file.stat().st_mtime_ns for file in files]
     assert said("score", scored)[0] == 0 and [file.stat().st_mtime_ns for file in files] == before
+    asked = read(str(scored)).asked
+    (tmp_path / "words.tsv").write_text("\n".join(reversed(rows)))
+    assert "words/accuracy" not in results.rows(read(str(scored)))[0], "another test has no figures yet"
+    assert said("score", scored)[0] == 0 and figures(files[0].parent, STEPS, asked)["words/texts"] > 0
     first, *_ = results.rows(read(str(scored)))
     alone = evaluate(
         FrozenModel(files[0].parent, create("clm")), PretrainingDataset(data, seq_len=64, objective="clm").split("test")
@@ -193,10 +199,25 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     page = (tmp_path / "page/report.md").read_text()
     assert code == 0 and page.startswith("# Rates of learning\n\nWhich is best?\n\n    ds-pretrain sweep run rates\n"), text
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 3 + 3 * (2 + 2) and "**words**: `probe` with texts" in page
-    assert f"| 0.001 | 1 | {first['clean/loss']:.4g} |" in page
+    assert (
+        len(lines) == 2 + 3 + 3 * (2 + 2) and "lr=1e+30 (failed after step" in page and "**words**: `probe` with texts" in page
+    )
+    assert f"| 0.001 | 1 of 1 | {first['clean/loss']:.4g} |" in page
     assert "Validation figures are means over" in page
     assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "scores.png"}
+
+
+def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatch, tmp_path):
+    def row(seed, status, steps, loss):
+        return {"run": f"seed={seed}", "status": status, "steps": steps, "loss": loss, "tokens": 512 * steps}
+
+    found = [row(0, "finished", 40, 3.0), row(1, "finished", 40, 4.0), row(2, "stopped", 10, 5.5), row(3, "failed", 7, "NaN")]
+    cells_ = [SimpleNamespace(labels={"size": "small", "seed": str(seed)}, folder=tmp_path) for seed in range(4)]
+    monkeypatch.setattr(report, "rows", lambda spec: found)
+    (line,) = report.lines(SimpleNamespace(cells=cells_))
+    text, note = report.table([line])
+    assert text.splitlines()[2] == "| small | 2 of 4 | 20,480 | 3.5000 ± 0.7071 |"
+    assert "seed=2 (stopped after step 10), seed=3 (failed after step 7)" in note
 
 
 @pytest.mark.parametrize("scores, message", [

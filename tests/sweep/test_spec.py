@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ds_pretrain.config import ConfigError
+from ds_pretrain.config import ConfigError, configs
 from ds_pretrain.sweep.spec import parameters, read
 
 RUN = {
@@ -104,6 +104,30 @@ def test_a_cell_that_cannot_run_is_named_before_any_runs(write, values, told):
     with pytest.raises(ConfigError) as refused:
         write(**values).check()
     assert told in str(refused.value)
+
+
+def test_scores_that_cannot_be_are_told_before_any_cell_runs(write, data):
+    scores = {
+        "a": {"by": "eval", "data": "nowhere"},
+        "b": {"by": "eval", "data": str(data), "split": "tset"},
+        "c": {"by": "memorised"},
+    }
+    with pytest.raises(ConfigError) as refused:
+        write(grid={"objective.name": ["clm", "mlm"]}, scores=scores).check()
+    told = str(refused.value)
+    assert "all 2 cells: scores.a: there is no nowhere" in told and "did you mean 'test'" in told
+    assert "name=mlm: scores.c: mlm continues no text" in told
+
+
+@pytest.mark.parametrize("path", sorted((configs() / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_lacks_nothing_but_its_data(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = read(path.stem)
+    assert spec.folder.name == path.stem and len({cell.name for cell in spec.cells}) == len(spec.cells) > 5
+    with pytest.raises(ConfigError) as refused:
+        spec.check()
+    absent = ("holds no prepared data", "there is no data/", "has no checkpoints")
+    assert all(any(word in problem for word in absent) for problem in refused.value.problems), refused.value
 
 
 def test_unknown_cells_and_files_are_refused_with_the_nearest(write):
