@@ -14,9 +14,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from ds_pretrain import cli
 from ds_pretrain.cli import app, main
+from ds_pretrain.core.files import BusyError
 from ds_pretrain.objectives import REGISTRY
 from ds_pretrain.training.checkpoint import Snapshot
+from ds_pretrain.training.signals import InterruptedRun
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -245,6 +248,29 @@ def ends(monkeypatch, capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         main()
     return end.value.code, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ValueError("wrong"), 2),
+        (FileNotFoundError(2, "no such file", "data"), 2),
+        (PermissionError(13, "not allowed", "data"), 2),
+        (FloatingPointError("not a number"), 3),
+        (OSError(28, "no space left", "out"), 74),
+        (BusyError("in use"), 75),
+        (InterruptedRun(signal.SIGTERM, "stopped"), 143),
+        (InterruptedRun(signal.SIGUSR1, "stopped"), 0),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
+)
+def test_what_a_process_ends_with_says_what_happened(monkeypatch, capsys, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    found, text = ends(monkeypatch, capsys, "train")
+    assert found == code and str(error).replace("'", "")[:5] in text.replace("'", "")
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ def test_a_model_that_has_read_a_text_often_knows_it(tmp_path):
     found = memorised(model, data.split("train").store, data.split("test").store, 28, 4, 60)
     shares = {each.occurrences: each.share for each in found}
     assert shares["1"] > 0.3 and shares["0"] < 0.05, shares
-    with pytest.raises(ValueError, match=r"windows of 60 \+ 4 tokens do not fit 64 positions"):
+    with pytest.raises(ValueError, match=r"windows of 60 \+ 6 tokens do not fit 64 positions"):
         memorised(model, data.split("train").store, data.split("test").store, 60, 4)
