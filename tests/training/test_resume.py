@@ -1,4 +1,4 @@
-"""40 steps straight are 20, a resume and 20 more: bit for bit, dropout on, under every layout."""
+"""16 steps straight are 8, a resume and 8 more: bit for bit, dropout on, under every layout."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from ds_pretrain.training.checkpoint import Snapshot
 from ds_pretrain.training.optimizer import OptimizerConfig
 from ds_pretrain.training.trainer import PreTrainer
 
+HALF, LAST = 8, 16
 CAUSAL = ModelConfig(layers=2, hidden=32, heads=4, dropout=0.1)
 MASKED = ModelConfig(preset="bert-1m", layers=2, hidden=32, heads=4)
 ON_FOUR = [
@@ -31,7 +32,7 @@ def trainer(data, output, plan, stage, objective, half=False, **more):
     dataset = PretrainingDataset(data, seq_len=32, objective=objective, seed=3)
     model = CAUSAL if dataset.objective.kind == "causal" else MASKED
     deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": half}}
-    settings = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 40, "save_every": 20, "keep": 9, "progress": False}
+    settings = {"batch_size": 4, "micro_batch_size": 2, "max_steps": LAST, "save_every": HALF, "keep": 9, "progress": False}
     return PreTrainer(
         model=model, objective=dataset.objective, dataset=dataset, plan=plan, deepspeed=deepspeed, output=output,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5), **{**settings, **more},
@@ -51,10 +52,10 @@ def straight_and_resumed(data, folder, todo):
         straight = trainer(data, whole, plan, stage, objective, half)
         straight.train()
         if straight.mesh.rank == 0:
-            shutil.copytree(whole / "checkpoints" / "step-20", part / "checkpoints" / "step-20")
+            shutil.copytree(whole / "checkpoints" / f"step-{HALF}", part / "checkpoints" / f"step-{HALF}")
         straight.mesh.barrier()
         resumed = trainer(data, part, plan, stage, objective, half)
-        assert resumed.step == 20 and 0 < resumed.cursor.row < 10**6
+        assert resumed.step == HALF and 0 < resumed.cursor.row < 10**6
         resumed.train()
         if straight.mesh.rank == 0:
             found.append(difference(whole, part))
@@ -63,9 +64,9 @@ def straight_and_resumed(data, folder, todo):
 
 def difference(whole, part):
     expected, got = losses(whole), losses(part)
-    a, b = (Snapshot(out / "checkpoints" / "step-40") for out in (whole, part))
+    a, b = (Snapshot(out / "checkpoints" / f"step-{LAST}") for out in (whole, part))
     return {
-        "losses": [step for step in range(21, 41) if expected[step] != got[step]],
+        "losses": [step for step in range(HALF + 1, LAST + 1) if expected[step] != got[step]],
         "tensors": [key for key in a.index if not torch.equal(a.whole(*key), b.whole(*key))],
         "compared": len(a.index),
     }
