@@ -125,7 +125,7 @@ class Slurm(Hosts):
         words = self.client("scontrol", "-o", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, number, seconds=120):
+    def ended(self, number, seconds=300):
         """A job's last state, when it has one."""
         self.wait(lambda: self._over(number), seconds, f"job {number} does not end")
         return self.job(number)["JobState"]

@@ -44,14 +44,14 @@ class Job:
 
     def trains(self, step=5):
         """Wait until this step is logged."""
-        self.cluster.wait(lambda: max(losses(self.out), default=0) >= step, 90, f"job {self.number} does not train")
+        self.cluster.wait(lambda: max(losses(self.out), default=0) >= step, 240, f"job {self.number} does not train")
 
     def comes_back(self):
         """Wait until the job is in the queue again."""
-        self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 60, f"{self.number} is not requeued")
+        self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 180, f"{self.number} is not requeued")
 
     def ended(self):
-        return self.cluster.ended(self.number, 150)
+        return self.cluster.ended(self.number, 400)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def submitted(cluster, run_file, tmp_path_factory):
 
 def test_an_array_runs_each_cell_and_tells_which_failed(cluster, submitted):
     path, array = submitted
-    assert sorted(cluster.ended(f"{array}_{task}", 150) for task in range(3)) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert sorted(cluster.ended(f"{array}_{task}", 400) for task in range(3)) == ["COMPLETED", "COMPLETED", "FAILED"]
     assert [at.status for at in states(read(str(path))).values()] == ["finished", "finished", "failed"]
     again = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path])
     assert "nothing to submit" in again.stdout, again.stderr
