@@ -92,4 +92,4 @@ def test_a_model_that_has_read_a_text_often_knows_it(tmp_path):
     shares = {each.occurrences: each.share for each in found}
     assert shares["1"] > 0.3 and shares["0"] < 0.05, shares
     with pytest.raises(ValueError, match=r"windows of 60 \+ 6 tokens do not fit 64 positions"):
-        memorised(model, data.split("train").store, data.split("test").store, 60, 4)
+        memorised(model, data.split("train").store, data.split("test").store, 60, 6)

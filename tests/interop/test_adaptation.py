@@ -51,5 +51,4 @@ def test_the_shipped_run_adapts_and_both_texts_are_followed(place):
 def test_the_sweep_with_and_without_replay_has_only_sound_cells(place):
     cells = [cell for cell in read("adaptation").cells if cell.labels["model"] == "generator"]
     assert {cell.labels["replay"] for cell in cells} == {"with", "without"} and len(cells) == 6
-    wrong = {problem for cell in cells for problem in cell.problems()}
-    assert len(wrong) == 1 and "batch.seq_len 128" in wrong.pop()  # of this small model
+    assert not [problem for cell in cells for problem in cell.problems()]
