@@ -47,11 +47,11 @@ UNITS = {"loss": "nats per target", "perplexity": "per token", "word_perplexity"
 
 
 class Line(NamedTuple):
-    """Cells that differ by their seed alone."""
+    """Cells that differ by their seed alone, with their rows of the sweep's table and what they logged."""
 
     labels: Mapping[str, str]
-    cells: Sequence[Cell]
     rows: Sequence[Row]
+    histories: Sequence[History]
 
     @property
     def name(self) -> str:
@@ -85,10 +85,10 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
 
 def lines(spec: Spec) -> list[Line]:
     """The cells, those that differ by their seed together."""
-    groups: dict[tuple[tuple[str, str], ...], list[tuple[Cell, Row]]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[tuple[Row, History]]] = {}
     for cell, row in zip(spec.cells, rows(spec), strict=True):
         varying = tuple((axis, label) for axis, label in cell.labels.items() if axis != "seed")
-        groups.setdefault(varying, []).append((cell, row))
+        groups.setdefault(varying, []).append((row, _history(cell)))
     return [Line(dict(key), *map(list, zip(*group, strict=True))) for key, group in groups.items()]
 
 
@@ -168,8 +168,8 @@ def _format(column: str) -> Callable[[float], str]:
 
 def _denominators(found: Sequence[Line]) -> Iterator[str]:
     """What the validation figures are divided by."""
-    evaluated = [line for each in found for cell in each.cells for line in _validated(cell)[-1:]]
-    scored = sorted({int(line["tokens_scored"]) for line in evaluated})
+    last = [_splits(history).get("validation", [])[-1:] for line in found for history in line.histories]
+    scored = sorted({int(each["tokens_scored"]) for some in last for each in some})
     if scored:
         span = f"{scored[0]:,}" if len(scored) == 1 else f"{scored[0]:,} to {scored[-1]:,}"
         yield f"Validation figures are means over {span} targets."
@@ -182,15 +182,10 @@ def _history(cell: Cell) -> History:
         return History()
 
 
-def _validated(cell: Cell) -> list[dict[str, Any]]:
-    """The evaluations of its validation split."""
-    return _splits(cell).get("validation", [])
-
-
-def _splits(cell: Cell) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations on its way, of its own validation split and of those of other folders, by split."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in _history(cell).evaluations:
+def _splits(history: History) -> dict[str, list[Row]]:
+    """The evaluations on the way, of the run's own validation split and of those of other folders, by split."""
+    found: dict[str, list[Row]] = {}
+    for line in history.evaluations:
         found.setdefault(line["split"], []).append(line)
     return found
 
@@ -211,15 +206,14 @@ def curves(found: Sequence[Line]) -> Figure:
     """Training loss, validation loss, gradient norm and learning rate against tokens: a line for each sound cell."""
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
-        sound = [cell for cell, row in zip(line.cells, line.rows, strict=True) if row["status"] != "failed"]
-        for cell, label in zip(sound, [line.name, *[None] * len(sound)], strict=False):
-            look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label}
-            _draw_run(axes, _history(cell), _splits(cell), look)
+        sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
+        for history, label in zip(sound, [line.name, *[None] * len(sound)], strict=False):
+            _draw_run(axes, history, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
     for panel, title in zip(axes, PANELS, strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
     axes[0].set_ylabel("nats per target")
-    others = sorted({split for line in found for cell in line.cells for split in _splits(cell)})[1:]
+    others = sorted({split for line in found for history in line.histories for split in _splits(history)})[1:]
     if others:
         axes[1].set_title(f"validation loss; other marks: {', '.join(others)}", loc="left", fontsize=9)
     axes[2].set_yscale("log")
@@ -227,13 +221,13 @@ def curves(found: Sequence[Line]) -> Figure:
     return figure
 
 
-def _draw_run(axes: Sequence[Axes], history: History, splits: Mapping[str, Sequence[Row]], look: Mapping[str, Any]) -> None:
+def _draw_run(axes: Sequence[Axes], history: History, look: Mapping[str, Any]) -> None:
     scale = history.tokens_per_step() if history.train else 0.0
     for panel, key in zip((axes[0], axes[2], axes[3]), ("loss", "grad_norm", "lr"), strict=True):
         steps, values = history.column(key)
         values = values if key == "lr" else smoothed(values, len(values) // 30 | 1)
         panel.plot(steps * scale, values, **look)
-    for marker, (_, evaluated) in zip("os^vD", sorted(splits.items()), strict=False):
+    for marker, (_, evaluated) in zip("os^vD", sorted(_splits(history).items()), strict=False):
         points = [(line["step"] * scale, loss) for line in evaluated if math.isfinite(loss := float(line["loss"]))]
         if points:
             axes[1].plot(*zip(*points, strict=True), marker=marker, markersize=3.5, **look)

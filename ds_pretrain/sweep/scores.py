@@ -14,9 +14,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_pretrain.core.files import whole
 from ds_pretrain.core.registry import Registry, unknown
@@ -61,12 +62,9 @@ def evaluated(run: Run, data: str, split: str = "test", tokens: int | None = Non
 @SCORES.register("probe")
 def probed(run: Run, texts: str) -> Figures:
     """A linear probe of labelled texts: accuracy on those held out, beside the untrained network and the largest class."""
-    from ds_pretrain.evaluation import embeddings
-    from ds_pretrain.use import embedder
+    from ds_pretrain.evaluation.embeddings import probe_of
 
-    rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
-    trained, untrained = (embedder(model, run.tokenizer) for model in (run.model, run.model.untrained()))
-    found = embeddings.probe(trained, untrained, rows)
+    found = probe_of(run.model, run.tokenizer, texts)
     return {"accuracy": found.accuracy, "untrained": found.untrained, "majority": found.majority, "texts": found.test}
 
 
@@ -83,7 +81,8 @@ def memorised(run: Run, prompt: int = 32, tokens: int = 32, windows: int = 200) 
     }
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """A score that a sweep asks for: its name there, the function and its fields."""
 
     name: str
@@ -117,8 +116,12 @@ class Asked(NamedTuple):
 
     def mark(self, step: int) -> dict[str, Any]:
         """What a figure is known by: all that was asked, the step, and what was read, by its content."""
-        contents = {str(path): _content(path) for path in self.paths}
-        return {"by": self.by, **self.fields, "step": step, "contents": contents}
+        return {"by": self.by, **self.fields, "step": step, "contents": self.contents}
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """A digest of what it reads, taken once for all cells."""
+        return {str(path): _content(path) for path in self.paths}
 
 
 def _content(path: Path) -> str:

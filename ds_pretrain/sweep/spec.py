@@ -119,7 +119,7 @@ class Spec(BaseModel):
     def folder(self) -> Path:
         return Path(self.output)
 
-    @property
+    @cached_property
     def asked(self) -> list[Asked]:
         """The scores."""
         return [Asked.of(name, values) for name, values in self.scores.items()]
