@@ -132,6 +132,7 @@ def embed(
     import torch.nn.functional as F
 
     from ds_pretrain.core.files import whole
+    from ds_pretrain.evaluation.embeddings import embedder
 
     model, tokenizer = load_model(output), load_tokenizer(output)
     lines = texts.read_text(encoding="utf-8").splitlines()
@@ -154,7 +155,7 @@ def similarity(
     from ds_pretrain.evaluation import embeddings
 
     model, tokenizer = load_model(output), load_tokenizer(output)
-    found = embeddings.similarity(embedder(model, tokenizer), embeddings.read_scores(pairs))
+    found = embeddings.similarity(embeddings.embedder(model, tokenizer), embeddings.read_scores(pairs))
     if model.mesh.rank == 0:
         table = Table("pairs", "Spearman", "equal pairs", "alignment", "uniformity", title=f"{output}, {pairs}")
         table.add_row(
@@ -172,8 +173,7 @@ def probe(
     from ds_pretrain.evaluation import embeddings
 
     model, tokenizer = load_model(output), load_tokenizer(output)
-    rows = [(text, label) for text, label in embeddings.read_table(texts, 2)]
-    found = embeddings.probe(embedder(model, tokenizer), embedder(model.untrained(), tokenizer), rows)
+    found = embeddings.probe_of(model, tokenizer, texts)
     if model.mesh.rank == 0:
         table = Table("features", "held-out accuracy", title=f"{output}, {texts}: {found.train} to fit, {found.test} held out")
         for name, share in (("this run", found.accuracy), ("untrained", found.untrained), ("majority", found.majority)):
@@ -195,15 +195,3 @@ def memorised(
     found = memorisation.memorised(model, train, test, prompt, tokens, windows)
     if model.mesh.rank == 0:
         out.print(memorisation.table(found, output, train))
-
-
-def embedder(model: Any, tokenizer: Any) -> Any:
-    """Texts to embeddings, framed as the encoder has seen them and cut to its positions."""
-    vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"
-    room = model.build.model.positions - 2
-
-    def embed(texts: list[str]) -> Any:
-        found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
-        return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
-
-    return embed

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.training.inference import FrozenModel
+
 Embed = Callable[[Sequence[str]], Tensor]
 """Texts to embeddings [n, H]."""
 TRAIN_SHARE = 0.8
@@ -46,6 +49,24 @@ class Probe:
     train: int
     test: int
     classes: int
+
+
+def embedder(model: FrozenModel, tokenizer: TextTokenizer) -> Embed:
+    """Texts to embeddings, framed as the model has seen them and cut to its positions."""
+    vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"
+    room = (model.build.model.positions or 1 << 30) - 2
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
+        return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
+
+    return embed
+
+
+def probe_of(model: FrozenModel, tokenizer: TextTokenizer, path: str | Path) -> Probe:
+    """A model's probe on a file of lines of text TAB label."""
+    rows = [(text, label) for text, label in read_table(path, 2)]
+    return probe(embedder(model, tokenizer), embedder(model.untrained(), tokenizer), rows)
 
 
 def read_table(path: str | Path, columns: int) -> list[list[str]]:

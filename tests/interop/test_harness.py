@@ -58,7 +58,7 @@ def trained(folder, data, objective, model):
 def test_a_trained_encoder_embeds_the_same_in_sentence_transformers(objective, pooling, data, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    from ds_pretrain.use import embedder
+    from ds_pretrain.evaluation.embeddings import embedder
 
     model, tokenizer = trained(tmp_path, data, objective, {"preset": "bert-1m", "layers": 2})
     assert model.objective.pooling == pooling
