@@ -127,11 +127,9 @@ def _meet(place: Place, count: int, number: int) -> None:
 def _together(pairs: np.ndarray) -> np.ndarray:
     """The pairs in the order of the clusters that they would make if all passed: so each text is hashed about once, however
     many pairs it is in."""
-    tied = clusters(pairs[:, 0], pairs[:, 1])
-    at = np.minimum(np.searchsorted(tied["number"], pairs[:, 0]), max(0, len(tied) - 1))
-    first = pairs[:, 0].copy()
-    if len(tied):
-        first = np.where(tied["number"][at] == first, tied["of"][at], first)
+    tied, first = clusters(pairs[:, 0], pairs[:, 1]), pairs[:, 0].copy()
+    later = np.isin(first, tied["number"])
+    first[later] = tied["of"][np.searchsorted(tied["number"], first[later])]
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0], first))]
 
 

@@ -233,7 +233,7 @@ def _within(ranked: Sequence[np.ndarray], size: int) -> np.ndarray:
 def _sample(read: Read, last: int, unit: Unit) -> list[tuple[int, str]]:
     """Rank and text of the documents of the train split up to this rank."""
     ranked = ((rank(each.text), each.text) for each in unit.read(Ledger(), read.text_field))
-    return [(rank, text) for rank, text in ranked if rank <= last and split_of(text, read.shares) == "train"]
+    return [(key, text) for key, text in ranked if key <= last and split_of(text, read.shares) == "train"]
 
 
 def _surveyed(folder: Path, unit: Unit) -> Path:

@@ -47,14 +47,13 @@ def why_not(output: Path, code: int, most: int) -> str:
 
 def reached(output: Path) -> int:
     """The last step that a run logged; 0 before the first."""
-    path = output / "metrics.jsonl"
-    return max((int(line["step"]) for line in json_lines(path, "step")), default=0) if path.is_file() else 0
+    return max(_steps(output / "metrics.jsonl"), default=0)
+
+
+def _steps(path: Path) -> list[int]:
+    return [int(line["step"]) for line in json_lines(path, "step")] if path.is_file() else []
 
 
 def failures(output: Path) -> list[int]:
     """The steps after which earlier starts failed."""
-    try:
-        lines = (output / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [int(json.loads(line)["step"]) for line in lines]
+    return _steps(output / "failures.jsonl")
