@@ -31,7 +31,7 @@ class Job:
 
     def __init__(self, cluster, run_file, out, *overrides, script="slurm.sbatch", options=(), **env):
         self.cluster, self.out = cluster, out
-        ask = ["--nodes=2", "--gpus-per-node=2", "--time=5", f"--output={out}.log", f"--chdir={ROOT}"]
+        ask = ["--nodes=2", "--gpus-per-node=2", "--time=30", f"--output={out}.log", f"--chdir={ROOT}"]
         ask += ["--ntasks-per-node=2"] if script == "slurm.sbatch" else []
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.number = cluster.sbatch(
@@ -51,7 +51,7 @@ class Job:
         self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 180, f"{self.number} is not requeued")
 
     def ended(self):
-        return self.cluster.ended(self.number, 400)
+        return self.cluster.ended(self.number, 600, self.log)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def submitted(cluster, run_file, tmp_path_factory):
     path = folder / "sweep.yaml"
     values = {"run": str(run_file), "output": str(folder / "out"), "set": {"train.max_steps": 20, "train.eval_tokens": 2000}}
     path.write_text(yaml.safe_dump({**values, "grid": {"optimizer.lr": [1e-3, 3e-3, 1e30]}}))
-    ran = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path, "--", "--time=5", "--parsable"])
+    ran = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path, "--", "--time=30", "--parsable"])
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return path, re.search(r"3 cells: (\d+)", ran.stdout)[1]
 
