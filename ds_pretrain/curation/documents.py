@@ -33,7 +33,7 @@ from ds_pretrain.curation.shingles import batches
 from ds_pretrain.curation.unfinished import otherwise, unfinished, write_json
 from ds_pretrain.curation.workers import Workers
 
-VERSION = 4
+VERSION = 5
 ROW_GROUP = 8 << 20
 """Characters of text that are in memory at once."""
 SHIFT = 28

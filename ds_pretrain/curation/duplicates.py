@@ -4,8 +4,9 @@ Exact: equal xxh3-128 of the text with its white space evened out. Near: MinHash
 bucket make a pair, every pair is compared by its true n-grams, and pairs that pass are joined (union-find). The first in the
 order of the sources stays, so put the source you trust most first. The price of joining: A and C may be less alike than the
 threshold if B is like both. A pair that is found only among three or more in a band may be overlooked there: each is paired
-with the first and with its neighbour, not with all. Pairs are compared in chunks, each of which reads the row groups that it
-needs: where copies are many and far apart, text is read several times.
+with the first and with its neighbour, not with all. Every text is read twice, once for its signature and, if it is in a pair,
+once for its n-grams, which stay on disk until pairs are compared in chunks that a worker can hold; so time grows as the corpus
+does.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ from ds_pretrain.curation.workers import Workers
 
 COPY = np.dtype([("number", "<i8"), ("of", "<i8")])
 PAIR = np.dtype([("a", "<i8"), ("b", "<i8"), ("jaccard", "<f8"), ("estimate", "<f8")])
-AT_ONCE = 32 << 20
-"""Bytes of text of the pairs that are compared by one unit of work."""
+SPAN = np.dtype([("number", "<i8"), ("start", "<i8"), ("stop", "<i8")])
+"""Where the n-grams of a document lie among those of its part."""
+AT_ONCE = 1 << 22
+"""N-grams of the pairs that are compared by one unit of work."""
 FEW = 1 << 16
 """Pairs that are numbers of Python at once."""
 SHOWN = 2_000
@@ -72,6 +75,8 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
         count = runs.buckets(place.every("run"))
         work.each("meet", range(count), partial(_meet, place, count), partial(place.of, "pairs"))
         pairs = _together(runs.distinct(gathered(place, "pairs", range(count))))
+        runs.save(place.of("wanted"), np.unique(pairs))
+        work.each("hash", place.parts, partial(_hash_grams, place, how), partial(place.of, "spans"))
         chunks = list(enumerate(_chunks(place, pairs)))
         work.each("verify", chunks, partial(_verify, place, how), lambda chunk: place.of("verified", chunk[0]))
         verified = gathered(place, "verified", range(len(chunks)))
@@ -104,11 +109,11 @@ def _equal(place: Place, count: int, number: int) -> None:
 
 def _sign(place: Place, how: MinHash, part: Path) -> None:
     """The signatures of a part and the run of their bands' keys. Texts without a unit resemble nothing and have no keys."""
-    dtype = np.dtype([("number", "<i8"), ("size", "<i8"), ("signature", "<u4", (how.bins,))])
+    dtype = np.dtype([("number", "<i8"), ("signature", "<u4", (how.bins,))])
     made = [np.zeros(0, dtype)]
     for rows in batched(read_part(part)):
         some = np.empty(len(rows), dtype)
-        some["number"], some["size"] = [row.number for row in rows], [len(row.text) for row in rows]
+        some["number"] = [row.number for row in rows]
         some["signature"] = how.signatures([row.text for row in rows])
         made.append(some[~(some["signature"] == np.iinfo(np.uint32).max).all(axis=1)])
     signed = np.concatenate(made)
@@ -125,8 +130,8 @@ def _meet(place: Place, count: int, number: int) -> None:
 
 
 def _together(pairs: np.ndarray) -> np.ndarray:
-    """The pairs in the order of the clusters that they would make if all passed: so each text is hashed about once, however
-    many pairs it is in."""
+    """The pairs in the order of the clusters that they would make if all passed: so each document is in about one chunk,
+    however many pairs it is in."""
     tied, first = clusters(pairs[:, 0], pairs[:, 1]), pairs[:, 0].copy()
     later = np.isin(first, tied["number"])
     first[later] = tied["of"][np.searchsorted(tied["number"], first[later])]
@@ -134,50 +139,73 @@ def _together(pairs: np.ndarray) -> np.ndarray:
 
 
 def _chunks(place: Place, pairs: np.ndarray) -> Iterator[np.ndarray]:
-    """The pairs in stretches of so much text that a worker can hold it; one at least."""
-    wanted = np.unique(pairs)
-    sizes = [size for part in place.parts for size in _signed(place, part, wanted)["size"].tolist()] if len(wanted) else []
-    held, text, start = set[int](), 0, 0
+    """The pairs in stretches of so many n-grams that a worker can hold them; one at least."""
+    wanted, spans = runs.load(place.of("wanted")), [runs.load(path) for path in place.every("spans")]
+    sizes = np.concatenate([each["stop"] - each["start"] for each in spans]).tolist()
+    held, grams, start = set[int](), 0, 0
     for i, pair in enumerate(pair for some in _few(pairs) for pair in np.searchsorted(wanted, some).tolist()):
         new = set(pair) - held
         held |= new
-        text += sum(sizes[each] for each in new)
-        if text >= AT_ONCE:
+        grams += sum(sizes[each] for each in new)
+        if grams >= AT_ONCE:
             yield pairs[start : i + 1]
-            held, text, start = set(), 0, i + 1
+            held, grams, start = set(), 0, i + 1
     yield pairs[start:]
 
 
 def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     """True and estimated similarity of these pairs."""
     number, pairs = chunk
-    wanted = np.unique(pairs)
-    grams = dict(_hashed(place, how, wanted))
-    signatures = {int(each["number"]): each["signature"] for part in place.parts for each in _signed(place, part, wanted)}
+    signatures, grams = dict[int, np.ndarray](), dict[int, np.ndarray]()
+    for part in place.parts:
+        if len(mine := _of_part(np.unique(pairs), part)):
+            signatures |= _signed(place, part, mine)
+            grams |= _hashed(place, part, mine)
     made = [(a, b, jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
     runs.save(place.of("verified", number), np.array(made, dtype=PAIR))
 
 
-def _hashed(place: Place, how: MinHash, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The sorted distinct n-grams of these documents."""
-    for rows in batched(rows_of(place, wanted)):
+def _of_part(numbers: np.ndarray, part: Path) -> np.ndarray:
+    """Those of sorted numbers whose documents are in this part."""
+    low, high = np.searchsorted(numbers, [number_of(part) << SHIFT, (number_of(part) + 1) << SHIFT])
+    return np.array(numbers[low:high])
+
+
+def _hash_grams(place: Place, how: MinHash, part: Path) -> None:
+    """The sorted distinct n-grams of those documents of a part that are in a pair, one after another, and where each begins."""
+    numbers, texts, made, begun = list[int](), list[np.ndarray](), [np.zeros(0, "<u8")], 0
+    for rows in batched(rows_of([part], _of_part(runs.load(place.of("wanted")), part))):
         found = how.grams.of([row.text for row in rows])
         order = np.lexsort((found.hash, found.text))
-        text, hashes = found.text[order], found.hash[order]
-        once = runs.begins(text, hashes)
-        text, hashes = text[once], hashes[once]
-        ends = np.searchsorted(text, np.arange(len(rows) + 1))
-        yield from ((row.number, hashes[start:stop]) for row, start, stop in zip(rows, ends, ends[1:], strict=False))
+        once = order[runs.begins(found.text[order], found.hash[order])]
+        numbers += [row.number for row in rows]
+        texts.append(found.text[once] + begun)
+        made.append(found.hash[once])
+        begun += len(rows)
+    ends = np.searchsorted(np.concatenate([np.zeros(0, "<i8"), *texts]), np.arange(begun + 1))
+    spans = np.empty(begun, SPAN)
+    spans["number"], spans["start"], spans["stop"] = numbers, ends[:-1], ends[1:]
+    runs.save(place.of("grams", part), np.concatenate(made))
+    runs.save(place.of("spans", part), spans)
 
 
-def _signed(place: Place, part: Path, wanted: np.ndarray) -> np.ndarray:
+def _hashed(place: Place, part: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
+    """The n-grams of these documents of a part."""
+    spans, grams = runs.load(place.of("spans", part)), runs.load(place.of("grams", part))
+    found = spans[np.searchsorted(spans["number"], wanted)]
+    return {number: np.array(grams[start:stop]) for number, start, stop in found.tolist()}
+
+
+def _signed(place: Place, part: Path, wanted: np.ndarray) -> dict[int, np.ndarray]:
+    """Their signatures."""
     signed = runs.load(place.of("signatures", part))
-    return np.array(signed[np.isin(signed["number"], wanted, assume_unique=True)])
+    found = signed[np.searchsorted(signed["number"], wanted)]
+    return dict(zip(found["number"].tolist(), found["signature"], strict=True))
 
 
-def rows_of(place: Place, wanted: np.ndarray) -> Iterator[Row]:
+def rows_of(parts: Iterable[Path], wanted: np.ndarray) -> Iterator[Row]:
     """Documents by their sorted numbers; only row groups that hold some are read."""
-    for part in place.parts:
+    for part in parts:
         file = opened(part)
         for group in range(file.num_row_groups):
             span = file.metadata.row_group(group).column(0).statistics

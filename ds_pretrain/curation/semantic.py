@@ -299,7 +299,7 @@ def _evidence(place: Place, nearest: np.ndarray, passed: np.ndarray, count: int)
     sizes = np.sort(np.sum(groups, axis=0))
     shown = np.sort(passed, order=("cosine", "number"))[:SHOWN]
     wanted = np.unique(np.concatenate([shown["number"], shown["of"]]))
-    text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(place, wanted)}
+    text = {row.number: " ".join(row.text.split())[:HEAD] for row in rows_of(place.parts, wanted)}
     return {
         "pairs": int(passed["pairs"].sum()),
         "groups": {"count": count, **{f"{share:.0%}": int(np.quantile(sizes, share)) for share in (0, 0.5, 0.9, 1)}},

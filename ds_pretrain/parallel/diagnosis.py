@@ -216,11 +216,11 @@ def _cores(nodes: Mapping[str, Sequence[Rank]]) -> Iterator[Verdict]:
         if not first.uuid and first.free < first.total / 10:
             full.append(f"{node} ({first.free / GB:.1f} of {first.total / GB:.1f} GB)")
     if busy:
-        yield note(f"the load is more than this job's on {few(busy)}: something else computes there")
+        yield note(f"the load is more than this job's on {few(busy)}: end what else computes there, or leave the node out")
     if crowded:
         yield note(f"there are more ranks than cores on {few(crowded)}: they wait for each other; start fewer there")
     if full:
-        yield note(f"little memory is free on {few(full)}: something else holds it")
+        yield note(f"little memory is free on {few(full)}: end what holds it, or leave the node out")
 
 
 def by_node(found: Findings) -> dict[str, dict[int, Rank]]:
@@ -239,7 +239,7 @@ def folders(found: Findings) -> Iterator[Verdict]:
         if folder.error:
             closed.setdefault((folder.path, folder.error), []).append(node)
     for (path, error), nodes in closed.items():
-        yield stop(f"output {path} cannot be written on {few(nodes)}: {error}")
+        yield stop(f"output {path} cannot be written on {few(nodes)}: {error}; mount it there, or choose another folder")
     if elsewhere := [f"{node} ({folder.path})" for node, folder in named.items() if folder.seen is None]:
         yield stop(
             f"what {found.nodes[0]} has written in output {found.folders[0].path} is not there on {few(elsewhere)}: output is "
@@ -250,9 +250,9 @@ def folders(found: Findings) -> Iterator[Verdict]:
 
 def _pace(named: Mapping[str, Folder]) -> Iterator[Verdict]:
     if full := [f"{node} ({folder.free / GB:.2f} GB)" for node, folder in named.items() if folder.free < ROOM]:
-        yield note(f"little room is left in output on {few(full)}: checkpoints may not fit")
+        yield note(f"little room is left in output on {few(full)}: checkpoints may not fit; make room")
     if slow := [f"{node} ({folder.rate / MB:.1f} MB/s)" for node, folder in named.items() if folder.rate < SLOW_DISK]:
-        yield note(f"output is written slowly on {few(slow)}: checkpoints will take long")
+        yield note(f"output is written slowly on {few(slow)}: checkpoints will take long; save less often, or on a faster disk")
     if late := [f"{node} (after {folder.seen:.1f} s)" for node, folder in named.items() if (folder.seen or 0) > LATE]:
         yield note(
             f"new files in output are seen late on {few(late)}: names are cached there; mount NFS with a smaller actimeo"
@@ -317,7 +317,7 @@ def computing(found: Findings) -> Iterator[Verdict]:
         named = few([f"rank {n} on {nodes[n]} ({found.ranks[n].flops / typical:.0%})" for n in slow])
         yield note(
             f"slower than the median of {told_flops(typical)}: {named}: a throttled or shared GPU, or a busy core; every step "
-            "waits for the slowest"
+            "waits for the slowest: leave such a node out"
         )
 
 

@@ -107,7 +107,7 @@ def test_folders_that_are_not_shared_not_written_full_slow_or_late():
         10: OUT._replace(seen=4.0),
     }
     [closed, elsewhere], [full, slow, late] = told(cluster(6, folders={0: OUT, **changed}))
-    assert closed == "output /data/out cannot be written on gpu02: Permission denied"
+    assert closed == "output /data/out cannot be written on gpu02: Permission denied; mount it there, or choose another folder"
     assert elsewhere.startswith("what gpu00 has written in output /data/out is not there on gpu01 (/elsewhere): ")
     assert "on gpu03 (0.10 GB): " in full and "on gpu04 (3.0 MB/s): " in slow and "on gpu05 (after 4.0 s): " in late
 
