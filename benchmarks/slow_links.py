@@ -1,6 +1,7 @@
 """Scaling over links of known speed, measured beside what `plan` predicts: two hosts in network namespaces of this machine
 (root, and what tests/cluster/install.sh installs).
 
+    ds-pretrain prepare embedded -o data/embedded
     python benchmarks/slow_links.py quickstart model.hidden=128 batch.seq_len=128 deepspeed.config=zero1_fp32
 
 One rank with one thread on each host, so that ranks never wait for a core. The share of the products' speed that a step reaches
