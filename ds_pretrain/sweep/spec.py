@@ -84,6 +84,8 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    base: str | None = None
+    """A sweep file, by path or shipped name, that this one changes: what stands here replaces what stands there."""
     run: str
     """Run file, or the name of one, that the cells start from."""
     output: str
@@ -224,15 +226,30 @@ def read(name: str) -> Spec:
     """A sweep file, by path or shipped name. ConfigError with all that does not parse, misspelt keys with the nearest one."""
     path = find(name, "sweeps", ".yaml")
     try:
+        return Spec.model_validate(numbers(_values(path)))
+    except ValidationError as error:
+        raise ConfigError(str(path), [_explain(dict(each)) for each in error.errors()]) from None
+
+
+def _values(path: Path) -> Settings:
+    """What a sweep file says, over what its base says."""
+    values = _loaded(path)
+    if "base" not in values:
+        return values
+    under = _loaded(find(str(values["base"]), "sweeps", ".yaml"))
+    if "base" in under:
+        raise ConfigError(str(path), [f"base {values['base']} has a base itself: name {under['base']} instead"])
+    return {**under, **values}
+
+
+def _loaded(path: Path) -> Settings:
+    try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, and perhaps set, budget, ranks, scores"])
-    try:
-        return Spec.model_validate(numbers(values))
-    except ValidationError as error:
-        raise ConfigError(str(path), [_explain(dict(each)) for each in error.errors()]) from None
+    return values
 
 
 def _explain(error: dict[str, Any]) -> str:

@@ -119,6 +119,17 @@ def test_scores_that_cannot_be_are_told_before_any_cell_runs(write, data):
     assert "name=mlm: scores.c: mlm continues no text" in told
 
 
+def test_a_sweep_over_another_replaces_what_it_names(tmp_path):
+    (tmp_path / "small.yaml").write_text("run: quickstart\noutput: small\nset: {seed: 3}\ngrid: {seed: [0, 1]}\n")
+    large, larger = tmp_path / "large.yaml", tmp_path / "larger.yaml"
+    large.write_text(f"base: {tmp_path / 'small.yaml'}\noutput: large\nset: {{}}\n")
+    larger.write_text(f"base: {large}\noutput: larger\n")
+    spec = read(str(large))
+    assert (spec.output, spec.run, spec.set, spec.grid) == ("large", "quickstart", {}, {"seed": [0, 1]})
+    with pytest.raises(ConfigError, match=r"has a base itself: name .*small\.yaml instead"):
+        read(str(larger))
+
+
 @pytest.mark.parametrize("path", sorted((configs() / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_sweep_lacks_nothing_but_its_data(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
