@@ -251,7 +251,8 @@ def bring(
 
     arrival = bring_in(folder, output, generator, objective, allow_pickle)
     out.print(told(arrival, output))
-    out.print(f"train on:  ds-pretrain prepare TEXT -o DATA --tokenizer {output}/tokenizer", soft_wrap=True)
+    tokenizer = output / "tokenizer" if (output / "tokenizer").is_dir() else "TOKENIZER"
+    out.print(f"train on:  ds-pretrain prepare TEXT -o DATA --tokenizer {tokenizer}", soft_wrap=True)
     out.print(f"           ds-pretrain train RUN init={output} data.path=DATA output=...", soft_wrap=True)
 
 

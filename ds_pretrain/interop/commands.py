@@ -79,7 +79,7 @@ def told(arrival: Arrival, output: Path) -> Table:
     table.add_row("shape", f"{model.layers} layers, {model.hidden} wide, {model.heads} heads, {model.vocab_size:,} ids")
     table.add_row("objective", arrival.objective.name)
     if not (output / "tokenizer").is_dir():
-        table.add_row("tokenizer", "none came with it (no tokenizer.json or tokenizer.model): prepare text with the one it had")
+        table.add_row("tokenizer", "none came with it (no tokenizer.json or tokenizer.model): give the one it had")
     if arrival.fresh:
         table.add_row("not in the folder, begin anew", "\n".join(arrival.fresh))
     if arrival.left_out:

@@ -1,0 +1,69 @@
+"""A sweep as a SLURM array on the two hosts of a cluster on this machine (root, and what tests/cluster/install.sh installs),
+beside the same sweep trained here: both must come out alike.
+
+    ds-pretrain sweep run sizes --at-once 2
+    python benchmarks/sweep_array.py sizes
+
+The array has an output of its own, NAME_array, goes on where an earlier one was stopped, and stays there to be fitted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "cluster"))
+
+from slurm import Slurm, missing  # noqa: E402
+
+from ds_pretrain.sweep import results, spec  # noqa: E402
+
+
+def main(
+    sweep: Annotated[str, typer.Argument(help="A sweep whose cells are trained.")] = "sizes",
+    at_once: Annotated[int, typer.Option(help="Cells at a time.")] = 2,
+    hours: Annotated[float, typer.Option(help="Until the array is given up.")] = 3,
+) -> None:
+    """Submit, wait, compare."""
+    if why := missing():
+        sys.exit(f"sweep_array.py needs a cluster: {why}")
+    here = spec.read(sweep)
+    name = f"{here.output}_array"
+    path = ROOT / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"base": sweep, "output": name}))
+    with Slurm() as cluster:
+        command = [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path, "--at-once", str(at_once), "--"]
+        options = ["--time=60", "--parsable", f"--output={name}-%a.out"]
+        env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        ran = cluster.run("head", [*command, *options], **env)
+        number = re.search(r"cells: (\d+)", ran.stdout)
+        if number:
+            left = ["squeue", "-h", "-j", number[1], "-t", "all", "-o", "%T"]
+            cluster.wait(lambda: over(cluster.client(*left).split()), 3600 * hours, f"array {number[1]} does not end")
+    there = spec.read(str(path))
+    Console().print(f"{results.summary(results.states(there))}\n{compared(here, there)}")
+
+
+def over(states: list[str]) -> bool:
+    return not {*states} & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
+
+
+def compared(here: spec.Spec, there: spec.Spec) -> str:
+    """How far the last validation losses are apart."""
+    one, other = ({row["run"]: row.get("loss") for row in results.rows(each)} for each in (here, there))
+    both = [run for run in one if one[run] and other.get(run)]
+    apart = max((abs(one[run] / other[run] - 1) for run in both), default=float("nan"))
+    return f"{len(both)} of {len(one)} cells finished in both; validation losses at most {apart:.1e} apart"
+
+
+if __name__ == "__main__":
+    typer.run(main)
