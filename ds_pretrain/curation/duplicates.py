@@ -4,9 +4,9 @@ Exact: equal xxh3-128 of the text with its white space evened out. Near: MinHash
 bucket make a pair, every pair is compared by its true n-grams, and pairs that pass are joined (union-find). The first in the
 order of the sources stays, so put the source you trust most first. The price of joining: A and C may be less alike than the
 threshold if B is like both. A pair that is found only among three or more in a band may be overlooked there: each is paired
-with the first and with its neighbour, not with all. Every text is read twice, once for its signature and, if it is in a pair,
-once for its n-grams, which stay on disk until pairs are compared in chunks that a worker can hold; so time grows as the corpus
-does.
+with the first and with its neighbour, not with all. A text is hashed once for its signature and, if it is in a pair, once more
+for its n-grams, which wait on disk (8 bytes each, about 1.3 times the text) until pairs are compared in chunks that a worker
+can hold; a chunk opens the files of every part that one of its documents is in.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PAIR = np.dtype([("a", "<i8"), ("b", "<i8"), ("jaccard", "<f8"), ("estimate", "<
 SPAN = np.dtype([("number", "<i8"), ("start", "<i8"), ("stop", "<i8")])
 """Where the n-grams of a document lie among those of its part."""
 AT_ONCE = 1 << 22
-"""N-grams of the pairs that are compared by one unit of work."""
+"""Words of 8 bytes that a unit which compares pairs holds, about."""
 FEW = 1 << 16
 """Pairs that are numbers of Python at once."""
 SHOWN = 2_000
@@ -77,9 +77,11 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
         pairs = _together(runs.distinct(gathered(place, "pairs", range(count))))
         runs.save(place.of("wanted"), np.unique(pairs))
         work.each("hash", place.parts, partial(_hash_grams, place, how), partial(place.of, "spans"))
-        chunks = list(enumerate(_chunks(place, pairs)))
+        chunks = list(enumerate(_chunks(place, how, pairs)))
         work.each("verify", chunks, partial(_verify, place, how), lambda chunk: place.of("verified", chunk[0]))
         verified = gathered(place, "verified", range(len(chunks)))
+        for path in place.every("grams"):
+            path.unlink(missing_ok=True)  # large, and known to be of no use now
         passed = verified[verified["jaccard"] >= how.threshold]
         copies = clusters(passed["a"], passed["b"])
         return drop(work, "near copy", copies) | _evidence(how, verified)
@@ -133,59 +135,63 @@ def _together(pairs: np.ndarray) -> np.ndarray:
     """The pairs in the order of the clusters that they would make if all passed: so each document is in about one chunk,
     however many pairs it is in."""
     tied, first = clusters(pairs[:, 0], pairs[:, 1]), pairs[:, 0].copy()
-    later = np.isin(first, tied["number"])
-    first[later] = tied["of"][np.searchsorted(tied["number"], first[later])]
+    later, at = runs.among(tied["number"], first)
+    first[later] = tied["of"][at]
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0], first))]
 
 
-def _chunks(place: Place, pairs: np.ndarray) -> Iterator[np.ndarray]:
-    """The pairs in stretches of so many n-grams that a worker can hold them; one at least."""
-    wanted, spans = runs.load(place.of("wanted")), [runs.load(path) for path in place.every("spans")]
-    sizes = np.concatenate([each["stop"] - each["start"] for each in spans]).tolist()
-    held, grams, start = set[int](), 0, 0
+def _chunks(place: Place, how: MinHash, pairs: np.ndarray) -> Iterator[np.ndarray]:
+    """The pairs in stretches that a worker can hold; one at least. A pair counts as much as a document's signature."""
+    wanted, sizes = runs.load(place.of("wanted")), np.concatenate([_counts(path) for path in place.every("spans")]) + how.bins
+    held, words, start = set[int](), 0, 0
     for i, pair in enumerate(pair for some in _few(pairs) for pair in np.searchsorted(wanted, some).tolist()):
         new = set(pair) - held
         held |= new
-        grams += sum(sizes[each] for each in new)
-        if grams >= AT_ONCE:
+        words += how.bins + sum(int(sizes[each]) for each in new)
+        if words >= AT_ONCE:
             yield pairs[start : i + 1]
-            held, grams, start = set(), 0, i + 1
+            held, words, start = set(), 0, i + 1
     yield pairs[start:]
+
+
+def _counts(path: Path) -> np.ndarray:
+    """How many n-grams each of a part's documents has that are in a pair."""
+    spans = runs.load(path)
+    return np.asarray(spans["stop"] - spans["start"])
 
 
 def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:
     """True and estimated similarity of these pairs."""
     number, pairs = chunk
-    signatures, grams = dict[int, np.ndarray](), dict[int, np.ndarray]()
+    wanted, signatures, grams = np.unique(pairs), dict[int, np.ndarray](), dict[int, np.ndarray]()
     for part in place.parts:
-        if len(mine := _of_part(np.unique(pairs), part)):
+        if len(mine := wanted[_within(wanted, part)]):
             signatures |= _signed(place, part, mine)
             grams |= _hashed(place, part, mine)
     made = [(a, b, jaccard(grams[a], grams[b]), estimate(signatures[a], signatures[b])) for a, b in pairs.tolist()]
     runs.save(place.of("verified", number), np.array(made, dtype=PAIR))
 
 
-def _of_part(numbers: np.ndarray, part: Path) -> np.ndarray:
-    """Those of sorted numbers whose documents are in this part."""
-    low, high = np.searchsorted(numbers, [number_of(part) << SHIFT, (number_of(part) + 1) << SHIFT])
-    return np.array(numbers[low:high])
+def _within(numbers: np.ndarray, part: Path) -> slice:
+    """Where those of sorted numbers are whose documents are in this part."""
+    return slice(*np.searchsorted(numbers, [number_of(part) << SHIFT, (number_of(part) + 1) << SHIFT]))
 
 
 def _hash_grams(place: Place, how: MinHash, part: Path) -> None:
     """The sorted distinct n-grams of those documents of a part that are in a pair, one after another, and where each begins."""
-    numbers, texts, made, begun = list[int](), list[np.ndarray](), [np.zeros(0, "<u8")], 0
-    for rows in batched(rows_of([part], _of_part(runs.load(place.of("wanted")), part))):
+    wanted = runs.load(place.of("wanted"))
+    numbers, counts, grams = list[int](), list[int](), [np.zeros(0, "<u8")]
+    for rows in batched(rows_of([part], wanted[_within(wanted, part)])):
         found = how.grams.of([row.text for row in rows])
         order = np.lexsort((found.hash, found.text))
-        once = order[runs.begins(found.text[order], found.hash[order])]
+        distinct = order[runs.begins(found.text[order], found.hash[order])]
         numbers += [row.number for row in rows]
-        texts.append(found.text[once] + begun)
-        made.append(found.hash[once])
-        begun += len(rows)
-    ends = np.searchsorted(np.concatenate([np.zeros(0, "<i8"), *texts]), np.arange(begun + 1))
-    spans = np.empty(begun, SPAN)
-    spans["number"], spans["start"], spans["stop"] = numbers, ends[:-1], ends[1:]
-    runs.save(place.of("grams", part), np.concatenate(made))
+        counts += np.bincount(found.text[distinct], minlength=len(rows)).tolist()
+        grams.append(found.hash[distinct])
+    spans = np.empty(len(numbers), SPAN)
+    spans["number"], spans["stop"] = numbers, np.cumsum(counts)
+    spans["start"] = spans["stop"] - counts
+    runs.save(place.of("grams", part), np.concatenate(grams))
     runs.save(place.of("spans", part), spans)
 
 
@@ -247,12 +253,10 @@ def drop(work: Work, reason: str, copies: np.ndarray) -> dict[str, Any]:
 
 
 def _without(place: Place, reason: str, part: Path) -> None:
-    number = number_of(part)
     copies = runs.load(place.of("copies"))
-    low, high = np.searchsorted(copies["number"], [number << SHIFT, (number + 1) << SHIFT])
-    of = dict(copies[low:high].tolist())
+    of = dict(copies[_within(copies["number"], part)].tolist())
     rows = (Dropped(row, reason, of[row.number]) if row.number in of else row for row in read_part(part))
-    write_part(place.folder, number, rows)
+    write_part(place.folder, number_of(part), rows)
 
 
 def _evidence(how: MinHash, verified: np.ndarray) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_pretrain.curation import reading
+from ds_pretrain.curation import duplicates, reading
 from ds_pretrain.curation.duplicates import exact, near
 from ds_pretrain.curation.passages import passages
 from ds_pretrain.curation.prepare import prepare
@@ -21,7 +21,7 @@ from ds_pretrain.data import sources
 OUT = Path(sys.argv[3])
 OUT.mkdir(parents=True, exist_ok=True)
 os.chdir(OUT)  # so that the last step's sources have the same names everywhere: they are in its manifest
-sources.UNIT, reading.PART = 1, 10_000
+sources.UNIT, reading.PART, duplicates.AT_ONCE = 1, 10_000, 2_000
 plain = Workers.map
 
 
