@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from ds_pretrain.core.differing import differing
 from ds_pretrain.core.exits import BUSY
 from ds_pretrain.core.files import BusyError, held, whole
@@ -194,16 +196,16 @@ def _last_words(cell: Cell) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
-def submit(path: Path, spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[str]) -> str:
+def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[str]) -> str:
     """Submit cells as a SLURM array of tasks, so many at a time; what sbatch answers.
 
-    The tasks read a copy of the sweep file, so that an edit of it changes no cell that waits.
+    The tasks read a copy of the sweep file, its base included, so that an edit of either changes no cell that waits.
     """
     if not Path("launchers/env.sh").is_file():
         raise ValueError(
             f"the tasks of an array start in this folder, which has no launchers: submit from {LAUNCHER.parents[1]}"
         )
-    text = path.read_bytes()
+    text = yaml.safe_dump(spec.model_dump(exclude={"base"}), sort_keys=False).encode()
     kept = spec.folder / f"sweep-{hashlib.sha256(text).hexdigest()[:8]}.yaml"
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)
     with whole(kept) as file:

@@ -75,7 +75,7 @@ def submit(
     if not waiting:
         out.print(f"{results.summary(results.states(plan))}: nothing to submit")
         return
-    out.print(f"{len(waiting)} cells: {cells.submit(find(sweep, 'sweeps', '.yaml'), plan, waiting, at_once, options or [])}")
+    out.print(f"{len(waiting)} cells: {cells.submit(plan, waiting, at_once, options or [])}")
     out.print(f"next: ds-pretrain sweep status {sweep}")
 
 

@@ -225,21 +225,21 @@ def parameters(config: RunConfig) -> int:
 def read(name: str) -> Spec:
     """A sweep file, by path or shipped name. ConfigError with all that does not parse, misspelt keys with the nearest one."""
     path = find(name, "sweeps", ".yaml")
+    values = _loaded(path)
+    if not (base := values.get("base")):
+        return _valid(path, values)
+    under = _loaded(where := find(str(base), "sweeps", ".yaml"))
+    if under.get("base"):
+        raise ConfigError(str(path), [f"base {base} has a base itself: name a sweep file that has none"])
+    _valid(where, under)
+    return _valid(path, {**under, **values})
+
+
+def _valid(path: Path, values: Settings) -> Spec:
     try:
-        return Spec.model_validate(numbers(_values(path)))
+        return Spec.model_validate(numbers(values))
     except ValidationError as error:
         raise ConfigError(str(path), [_explain(dict(each)) for each in error.errors()]) from None
-
-
-def _values(path: Path) -> Settings:
-    """What a sweep file says, over what its base says."""
-    values = _loaded(path)
-    if "base" not in values:
-        return values
-    under = _loaded(find(str(values["base"]), "sweeps", ".yaml"))
-    if "base" in under:
-        raise ConfigError(str(path), [f"base {values['base']} has a base itself: name {under['base']} instead"])
-    return {**under, **values}
 
 
 def _loaded(path: Path) -> Settings:
@@ -248,7 +248,7 @@ def _loaded(path: Path) -> Settings:
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(values, dict):
-        raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, and perhaps set, budget, ranks, scores"])
+        raise ConfigError(str(path), ["a sweep file is a mapping: run, output, grid, perhaps base, set, budget, ranks, scores"])
     return values
 
 

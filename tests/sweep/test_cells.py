@@ -228,3 +228,17 @@ def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatc
 def test_scores_that_are_none_are_refused_with_the_sweep(run_file, tmp_path, scores, message):
     with pytest.raises(ConfigError, match=message):
         read(str(sweep_file(run_file, tmp_path / "none", {"seed": [0]}, scores=scores)))
+
+
+def test_an_edit_of_a_sweep_or_its_base_changes_no_cell_that_waits(run_file, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nfor last; do :; done\necho $last\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    base = sweep_file(run_file, tmp_path / "base", {"seed": [0, 1, 2]})
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"base": str(base), "output": str(tmp_path / "out"), "set": {"train.max_steps": 4}}))
+    spec = read(str(path))
+    kept = cells.submit(spec, spec.cells[1:], 2, [])
+    for each in (base, path):
+        each.write_text("")
+    assert read(kept).cells == spec.cells
