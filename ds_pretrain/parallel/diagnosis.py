@@ -239,7 +239,9 @@ def folders(found: Findings) -> Iterator[Verdict]:
         if folder.error:
             closed.setdefault((folder.path, folder.error), []).append(node)
     for (path, error), nodes in closed.items():
-        yield stop(f"output {path} cannot be written on {few(nodes)}: {error}; mount it there, or choose another folder")
+        yield stop(
+            f"output {path} cannot be written on {few(nodes)} ({error}): make it writable there, or choose another folder"
+        )
     if elsewhere := [f"{node} ({folder.path})" for node, folder in named.items() if folder.seen is None]:
         yield stop(
             f"what {found.nodes[0]} has written in output {found.folders[0].path} is not there on {few(elsewhere)}: output is "

@@ -125,7 +125,7 @@ class Slurm(Hosts):
         words = self.client("scontrol", "-o", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, number, seconds=300, log=str):
+    def ended(self, number, seconds=300, log=lambda: ""):
         """A job's last state, when it has one."""
         self.wait(lambda: self._over(number), seconds, f"job {number} does not end", log)
         return self.job(number)["JobState"]
@@ -138,7 +138,7 @@ class Slurm(Hosts):
             self.run(HEAD, ["scontrol", "update", f"jobid={number}", "StartTime=now"])
         return job["JobState"] in OVER
 
-    def wait(self, until, seconds, what, log=str):
+    def wait(self, until, seconds, what, log=lambda: ""):
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, f"{what}:\n{self.log()}\n{log()}"

@@ -44,11 +44,12 @@ class Job:
 
     def trains(self, step=5):
         """Wait until this step is logged."""
-        self.cluster.wait(lambda: max(losses(self.out), default=0) >= step, 240, f"job {self.number} does not train")
+        self.cluster.wait(lambda: max(losses(self.out), default=0) >= step, 240, f"job {self.number} does not train", self.log)
 
     def comes_back(self):
         """Wait until the job is in the queue again."""
-        self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 180, f"{self.number} is not requeued")
+        back = f"job {self.number} is not requeued"
+        self.cluster.wait(lambda: int(self.cluster.job(self.number)["Restarts"]) > 0, 180, back, self.log)
 
     def ended(self):
         return self.cluster.ended(self.number, 600, self.log)
@@ -60,17 +61,36 @@ class Job:
         ("slurm.sbatch", []),
         ("slurm.sbatch", ["parallel.tensor=2", "parallel.pipeline=2"]),
         ("slurm_torchrun.sbatch", []),
+        ("slurm_torchrun.sbatch", ["parallel.tensor=2", "parallel.pipeline=2"]),
     ],
-    ids=["zero1", "tp2xpp2", "torchrun"],
+    ids=["zero1", "tp2xpp2", "torchrun zero1", "torchrun tp2xpp2"],
 )
 def test_two_nodes_of_two_ranks_train_as_one_process(cluster, run_file, expected, tmp_path, script, layout):
-    job = Job(cluster, run_file, tmp_path / "out", *layout, script=script, DS_PRETRAIN_LOGS=str(tmp_path / "logs"))
+    """Each task in what stands for a container, with the variables of a file, and a log of its own."""
+    (tmp_path / "variables").write_text("NCCL_IB_HCA=mlx5\n")
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\ntouch "{tmp_path}/$NCCL_IB_HCA-$SLURM_PROCID"\nexec "$@"\n')
+    container.chmod(0o755)
+    asked = {"EXEC": container, "ENV": tmp_path / "variables", "LOGS": tmp_path / "logs"}
+    env = {f"DS_PRETRAIN_{name}": str(path) for name, path in asked.items()}
+    job = Job(cluster, run_file, tmp_path / "out", *layout, script=script, **env)
     assert job.ended() == "COMPLETED", job.log()
     assert unbroken(job.out, expected)
-    assert len(list((tmp_path / "logs").iterdir())) == (4 if script == "slurm.sbatch" else 2)
+    tasks = 4 if script == "slurm.sbatch" else 2
+    assert {path.name for path in tmp_path.glob("mlx5-*")} == {f"mlx5-{task}" for task in range(tasks)}
+    assert len(list((tmp_path / "logs").iterdir())) == tasks
 
 
-def test_before_its_limit_a_job_saves_and_goes_on_with_the_same_losses(cluster, run_file, expected, tmp_path):
+def test_the_limit_of_a_job_sends_it_back(cluster, run_file, tmp_path):
+    small = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    job = Job(cluster, run_file, tmp_path / "out", "train.max_steps=100000", options=[*small, "--time=2", "--signal=B:USR1@45"])
+    job.trains(1)
+    job.comes_back()
+    cluster.client("scancel", str(job.number))
+    assert job.ended() == "CANCELLED" and "SIGUSR1: stopped after step" in job.log()
+
+
+def test_a_job_that_is_signalled_saves_and_goes_on_with_the_same_losses(cluster, run_file, expected, tmp_path):
     job = Job(cluster, run_file, tmp_path / "out", "train.save_every=0")
     job.trains()
     cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))

@@ -107,7 +107,7 @@ def test_folders_that_are_not_shared_not_written_full_slow_or_late():
         10: OUT._replace(seen=4.0),
     }
     [closed, elsewhere], [full, slow, late] = told(cluster(6, folders={0: OUT, **changed}))
-    assert closed == "output /data/out cannot be written on gpu02: Permission denied; mount it there, or choose another folder"
+    assert closed.startswith("output /data/out cannot be written on gpu02 (Permission denied): make it writable there, or ")
     assert elsewhere.startswith("what gpu00 has written in output /data/out is not there on gpu01 (/elsewhere): ")
     assert "on gpu03 (0.10 GB): " in full and "on gpu04 (3.0 MB/s): " in slow and "on gpu05 (after 4.0 s): " in late
 
@@ -297,7 +297,7 @@ def test_ranks_that_are_well_find_nothing_and_measure_everything(found):
     "case, told",
     [
         ("versions", "torch: 0.0.1 on node1, but "),
-        ("readonly", "output {}/new/out cannot be written on node1: Permission denied"),
+        ("readonly", "output {}/new/out cannot be written on node1 (Permission denied): make"),
         ("private", "what node0 has written in output {}/a is not there on node1 ({}/b): output is not on a shared"),
         ("failing", "rank 1 on node1: versions and devices: PermissionError: [Errno 13] Permission denied"),
         ("hanging", "rank 1 on node1: its disk: hangs, it is not done after 1 s"),
