@@ -7,6 +7,7 @@ import pytest
 from ds_pretrain import efficiency
 from ds_pretrain.config import ConfigError, parse_run
 from ds_pretrain.planning.points import Cluster, calibrated, read, save
+from ds_pretrain.planning.tables import tables
 from ds_pretrain.planning.traffic import GLOO, predicted
 
 
@@ -51,7 +52,7 @@ def test_what_is_held_is_about_what_was_predicted(points):
         assert point.peak == pytest.approx(point.expected_peak().total, rel=0.2), point.layout
 
 
-def test_points_are_kept_and_planned_from(points, tmp_path):
+def test_points_are_kept_and_planned_from(config, points, tmp_path):
     path = tmp_path / "points.json"
     save(points[:2], path)
     save([replace(points[1], seconds=9.0), points[2]], path)
@@ -63,6 +64,9 @@ def test_points_are_kept_and_planned_from(points, tmp_path):
     assert list(cluster.errors) == ["DP2 on 2", "PP2 on 2"]
     with pytest.raises(ValueError, match="nothing tells the speed of link and latency"):
         Cluster.of(points[:1], {})
+    captions = [table.caption for table in tables(config, 4, 600, cluster) if table.caption]
+    off = ", ".join(f"{where} {error:+.0%}" for where, error in cluster.errors.items())
+    assert any(f"off on the measured points by: {off}." in str(caption) for caption in captions)
 
 
 def test_a_file_without_points_is_refused(tmp_path):

@@ -253,6 +253,20 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_one_checkpoint(data, tmp_pa
     assert damages(tmp_path / "checkpoints" / f"step-{step}") == []
 
 
+def test_a_file_stops_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(data, tmp_path):
+    made = trainer(data, tmp_path, max_steps=40, save_every=0)
+    collate, stop = made.dataset.collate, tmp_path / "stop"
+    made.dataset.collate = lambda rows: (made.step == 2 and stop.touch()) or collate(rows)
+    with pytest.raises(InterruptedRun) as stopped:
+        made.train()
+    assert stopped.value.exit_code == 0 and "the same command goes on from there" in str(stopped.value)
+    stop.unlink()
+    again = trainer(data, tmp_path, max_steps=made.step + 2)
+    assert 2 < again.step == made.step < 40
+    again.train()
+    assert len(losses(tmp_path)) == made.step + 2
+
+
 def test_a_loss_far_above_its_start_is_told_once(data, tmp_path, capsys):
     made = trainer(data, tmp_path, max_steps=12, optimizer=OptimizerConfig(lr=3.0, warmup_steps=0), progress=True)
     made.train()
