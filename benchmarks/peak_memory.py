@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,7 @@ from ds_pretrain.planning import memory
 from ds_pretrain.training import deepspeed_json
 
 LIMIT = 0.05
-LENGTH = 256
+LENGTH, SHORT = 256, 64
 AT_ONCE = 8
 """Cases of one start of the ranks."""
 _SIZE: dict[str, Any] = {"layers": 4, "hidden": 256, "heads": 4, "vocab": 8192, "positions": LENGTH}
@@ -112,16 +112,22 @@ def quick() -> list[Case]:
     """A few cases that use every layout, stage, precision and kind of model, and both ways to recompute and accumulate."""
     single = [Case(), Case("llama", zero=2, precision="bf16", recompute=True), Case("bert", zero=0, accumulation=2)]
     data = [
-        Case("bert", zero=2), Case(zero=1, precision="bf16", accumulation=2), Case("prefix", zero=1, recompute=True),
-        Case(zero=3, accumulation=2), Case("llama", zero=3, precision="bf16", recompute=True),
+        Case(zero=0), Case("bert", zero=2), Case(zero=1, precision="bf16", accumulation=2), Case(zero=3, accumulation=2),
+        Case("prefix", zero=1, recompute=True), Case("llama", zero=3, precision="bf16", recompute=True),
     ]  # fmt: skip
     shared = [
         Case(plan=TENSOR, precision="bf16"), Case(plan=SEQUENCE), Case(plan=CONTEXT, recompute=True),
         Case(plan=PIPELINE, accumulation=4, rows=2), Case("bert", PIPELINE, precision="bf16", accumulation=4, recompute=True),
     ]  # fmt: skip
     four = [Case(plan=replace(SEQUENCE, pipeline=2), accumulation=4, rows=2)]
+    four += [Case(plan=PIPELINE, accumulation=4, rows=2), *(Case(plan=TENSOR, zero=zero) for zero in (2, 3))]
     worlds = ((1, single), (2, [*data, *shared]), (4, four))
-    return [replace(case, world=world) for world, cases in worlds for case in cases]
+    return _shorter(replace(case, world=world) for world, cases in worlds for case in cases)
+
+
+def _shorter(cases: Iterable[Case]) -> list[Case]:
+    """Those of bf16, which CPUs multiply slowly, with short rows."""
+    return [case if case.precision == "fp32" else replace(case, length=SHORT) for case in cases]
 
 
 def everything() -> list[Case]:
@@ -139,7 +145,7 @@ def everything() -> list[Case]:
         found += [Case(model, world=2, zero=zero, precision=precision) for precision in ("fp32", "bf16")]
     found += [Case("llama", TENSOR, 2, 3), Case("gpt", TENSOR, 4, 3, "bf16"), Case("electra", SINGLE, 2, 2)]
     found += [Case(world=2, zero=zero, precision=p, rows=1, length=64) for zero in (0, 1, 2, 3) for p in ("fp32", "bf16")]
-    return list(dict.fromkeys(case for case in found if case.legal))
+    return list(dict.fromkeys(case for case in _shorter(found) if case.legal))
 
 
 def measure(case: Case) -> Result:

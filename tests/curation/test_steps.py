@@ -46,7 +46,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(reading, "PART", 4000)
     monkeypatch.setattr(documents, "ROW_GROUP", 2000)
     monkeypatch.setattr(runs, "BUCKET", 500)
-    monkeypatch.setattr(duplicates, "AT_ONCE", 500)
+    monkeypatch.setattr(duplicates, "AT_ONCE", 8000)
 
 
 def corpus(folder, texts, files=4):
