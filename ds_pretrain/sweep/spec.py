@@ -85,7 +85,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: str | None = None
-    """A sweep file, by path or shipped name, that this one changes: what stands here replaces what stands there."""
+    """A sweep file, by path or shipped name, that this one changes: a key here replaces that of the base, whole."""
     run: str
     """Run file, or the name of one, that the cells start from."""
     output: str

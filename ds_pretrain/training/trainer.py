@@ -33,7 +33,7 @@ from ds_pretrain.training import agreement, checkpoint, deepspeed_json, state
 from ds_pretrain.training.engine import Engine, StepResult, build_for, create_engine
 from ds_pretrain.training.metrics import MetricsLog, Watch, mfu, packed, step_flops, told
 from ds_pretrain.training.optimizer import OptimizerConfig
-from ds_pretrain.training.signals import InterruptedRun, StopRequest
+from ds_pretrain.training.signals import FILE, InterruptedRun, StopRequest
 from ds_pretrain.training.watchdog import Watchdog
 
 ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
@@ -169,14 +169,18 @@ class PreTrainer:
                     watchdog.beat(f"the checkpoint of step {self.step}")
                 if stopped and not last:
                     metrics.close()
-                    kept = (
-                        f"it is saved, the same command goes on from there ({self.output})"
-                        if self.output
-                        else "nothing is kept"
+                    raise InterruptedRun(
+                        stopped, f"stopped after step {self.step:,} of {self.max_steps:,}: {self._kept(stopped)}"
                     )
-                    raise InterruptedRun(stopped, f"stopped after step {self.step:,} of {self.max_steps:,}: {kept}")
         metrics.close()
         return result
+
+    def _kept(self, stopped: int) -> str:
+        """How a run that was stopped goes on."""
+        if not self.output:
+            return "nothing is kept"
+        remove = f"remove {self.output / 'stop'}, and " if stopped == FILE else ""
+        return f"it is saved; {remove}the same command goes on from there ({self.output})"
 
     def _header(self) -> str:
         """The run in one line."""
