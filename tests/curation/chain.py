@@ -21,7 +21,7 @@ from ds_pretrain.data import sources
 OUT = Path(sys.argv[3])
 OUT.mkdir(parents=True, exist_ok=True)
 os.chdir(OUT)  # so that the last step's sources have the same names everywhere: they are in its manifest
-sources.UNIT, reading.PART, duplicates.AT_ONCE = 1, 10_000, 8_000
+sources.UNIT, reading.PART, duplicates.AT_ONCE = 1, 10_000, 2_000
 plain = Workers.map
 
 
