@@ -144,7 +144,7 @@ def everything() -> list[Case]:
     for model, zero in product([*MODELS][1:], (1, 3)):
         found += [Case(model, world=2, zero=zero, precision=precision) for precision in ("fp32", "bf16")]
     found += [Case("llama", TENSOR, 2, 3), Case("gpt", TENSOR, 4, 3, "bf16"), Case("electra", SINGLE, 2, 2)]
-    found += [Case(world=2, zero=zero, precision=p, rows=1, length=64) for zero in (0, 1, 2, 3) for p in ("fp32", "bf16")]
+    found += [Case(world=2, zero=zero, precision=p, rows=1, length=SHORT) for zero in (0, 1, 2, 3) for p in ("fp32", "bf16")]
     return list(dict.fromkeys(case for case in _shorter(found) if case.legal))
 
 

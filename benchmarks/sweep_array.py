@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -55,17 +54,13 @@ def main(
         ran = cluster.run("head", [*command, *options], **env)
         if number := re.search(r"cells: (\d+)", ran.stdout):
             left = ["squeue", "-h", "-j", number[1], "-t", "all", "-o", "%T"]
-            cluster.wait(lambda: over(cluster.client(*left).split()), 3600 * hours, f"array {number[1]} does not end")
+            ends = f"array {number[1]} does not end"
+            cluster.wait(lambda: {*cluster.client(*left).split()} <= OVER, 3600 * hours, ends, every=LOOK)
         elif "nothing to submit" not in ran.stdout:
             sys.exit(f"the array was not submitted: {ran.stdout}{ran.stderr}")
     there = spec.read(str(path))
     Console().print(results.summary(results.states(there)))
     compare(here, there)
-
-
-def over(states: list[str]) -> bool:
-    time.sleep(LOOK)
-    return {*states} <= OVER
 
 
 def compare(here: spec.Spec, there: spec.Spec) -> None:

@@ -90,7 +90,7 @@ def near(before: Folder, out: Path, workers: Workers, how: MinHash = MinHash()) 
 
 
 def gathered(place: Place, what: str, numbers: Iterable[int]) -> np.ndarray:
-    return np.concatenate([runs.load(place.of(what, number)) for number in numbers])
+    return runs.joined(place.of(what, number) for number in numbers)
 
 
 def _hash(place: Place, part: Path) -> None:
@@ -142,7 +142,8 @@ def _together(pairs: np.ndarray) -> np.ndarray:
 
 def _chunks(place: Place, how: MinHash, pairs: np.ndarray) -> Iterator[np.ndarray]:
     """The pairs in stretches that a worker can hold; one at least. A pair counts as much as a document's signature."""
-    wanted, sizes = runs.load(place.of("wanted")), np.concatenate([_counts(path) for path in place.every("spans")]) + how.bins
+    wanted = runs.load(place.of("wanted"))
+    sizes = how.bins + runs.joined(place.every("spans"), lambda spans: spans["stop"] - spans["start"])
     held, words, start = set[int](), 0, 0
     for i, pair in enumerate(pair for some in _few(pairs) for pair in np.searchsorted(wanted, some).tolist()):
         new = set(pair) - held
@@ -152,12 +153,6 @@ def _chunks(place: Place, how: MinHash, pairs: np.ndarray) -> Iterator[np.ndarra
             yield pairs[start : i + 1]
             held, words, start = set(), 0, i + 1
     yield pairs[start:]
-
-
-def _counts(path: Path) -> np.ndarray:
-    """How many n-grams each of a part's documents has that are in a pair."""
-    spans = runs.load(path)
-    return np.asarray(spans["stop"] - spans["start"])
 
 
 def _verify(place: Place, how: MinHash, chunk: tuple[int, np.ndarray]) -> None:

@@ -77,7 +77,7 @@ def passages(before: Folder, out: Path, workers: Workers, words: int = WORDS) ->
         every = files.every("hashes")
         count = runs.buckets(every)
         work.each("compare", range(count), partial(_repeated, files, every, count), partial(files.of, "repeated"))
-        runs.save(files.of("repeated"), np.concatenate([runs.load(files.of("repeated", i)) for i in range(count)]))
+        runs.save(files.of("repeated"), runs.joined(files.of("repeated", i) for i in range(count)))
         work.each("locate", files.parts, partial(_locate, files), partial(files.of, "present"))
         _own(files)
         work.write("cut", partial(_cut, files, words))

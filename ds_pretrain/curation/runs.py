@@ -8,7 +8,7 @@ depends on the number of keys alone. This is the sort-merge of every large dedup
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,11 @@ def save(path: Path, array: np.ndarray) -> None:
 
 def load(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def joined(paths: Iterable[Path], of: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+    """What files hold, one after another in memory, or this of it; one file is open at a time. Takes one file at least."""
+    return np.concatenate([np.array(of(load(path))) for path in paths])
 
 
 def buckets(runs: Sequence[Path]) -> int:

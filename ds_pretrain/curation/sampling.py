@@ -41,7 +41,7 @@ def sample(
     def do(work: Work) -> dict[str, Any]:
         place = work.place
         work.each("weigh", place.parts, partial(_weigh, place, tier, tuple(shares)), partial(place.of, "weighed"))
-        weighed = np.concatenate([runs.load(path) for path in place.every("weighed")])
+        weighed = runs.joined(place.every("weighed"))
         if (there := int(weighed["bytes"].sum())) < max(1, size):
             for path in place.every("weighed"):
                 path.unlink()  # so that nothing is left to go on with

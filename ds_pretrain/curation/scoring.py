@@ -43,7 +43,7 @@ def perplexity(
         scored = [_scores(work.folder, part) for part in before.parts]
         work.each("score", before.parts, partial(_score, work.folder, scorer), partial(_scores, work.folder))
         work.write("write", partial(_cut, work.folder, most, least))
-        bits = np.concatenate([np.zeros(0), *(runs.load(path)["bits_per_byte"] for path in scored)])
+        bits = runs.joined(scored, lambda scores: scores["bits_per_byte"])
         kept = ~(_over(bits, most) | _under(bits, least))
         return {"bits_per_byte": {"before": _quantiles(bits), "after": _quantiles(bits[kept])}}
 

@@ -244,7 +244,7 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _fit(place: Place, total: int, count: int) -> None:
     """Centres of all documents, or of `FITTED` for each, evenly taken."""
     every = max(1, total // (FITTED * count))
-    points = np.concatenate([runs.load(place.of("embedded", part))["vector"][::every] for part in place.parts])
+    points = runs.joined(place.every("embedded"), lambda embedded: embedded["vector"][::every])
     with one_thread():
         runs.save(place.of("centres"), kmeans(points, count))
 

@@ -77,7 +77,8 @@ def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
     if config.parallel.pipeline > 1:
         table.add_row("pipeline stage", *(str(rank.place) for rank, _ in found))
     table.caption = (
-        "Tensors only: CUDA's context, NCCL and fragmentation come on top. Measured within 5% on CPU, never on a GPU."
+        "Tensors only: CUDA's context, NCCL and fragmentation come on top. "
+        "On CPU 124 of 128 cases are within 5%; no GPU was tried."
     )
     if gpu.parts.get(BUCKETS) and rank.bucket > rank.elements:
         table.caption += (

@@ -138,11 +138,11 @@ class Slurm(Hosts):
             self.run(HEAD, ["scontrol", "update", f"jobid={number}", "StartTime=now"])
         return job["JobState"] in OVER
 
-    def wait(self, until, seconds, what, log=lambda: ""):
+    def wait(self, until, seconds, what, log=lambda: "", every=0.2):
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, f"{what}:\n{self.log()}\n{log()}"
-            time.sleep(0.2)
+            time.sleep(every)
 
     def log(self):
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("slurm*.log")))

@@ -1,6 +1,5 @@
 """No collective waits for ever: every group of a job ends with an error after the same time, DeepSpeed's and Megatron's too."""
 
-import pytest
 import torch.distributed as dist
 
 from ds_pretrain.evaluation import parity
@@ -12,9 +11,15 @@ from ds_pretrain.training import deepspeed_json
 from ds_pretrain.training.engine import build_for, create_engine
 from ds_pretrain.training.optimizer import OptimizerConfig
 
+PLANS = (ParallelPlan(), ParallelPlan(tensor=2), ParallelPlan(pipeline=2))
 
-def timeouts(plan):
-    """Of every group of this rank, in seconds."""
+
+def timeouts():
+    """By plan and rank, the seconds of every group that there is then."""
+    return [(plan, rank, found) for plan in PLANS for rank, found in enumerate(of_groups(plan))]
+
+
+def of_groups(plan):
     mesh = Mesh.build(plan)
     model = parity.model_for("clm").model_copy(update={"positions": 32})
     config = deepspeed_json.filled({"zero_optimization": {"stage": 1}}, mesh.replicas, 4, 2, 1.0)
@@ -23,7 +28,6 @@ def timeouts(plan):
     return mesh.gather([group._get_backend(mesh.device).options._timeout.total_seconds() for group in groups])
 
 
-@pytest.mark.parametrize("plan", [ParallelPlan(), ParallelPlan(tensor=2), ParallelPlan(pipeline=2)], ids=str)
-def test_every_group_has_the_same_timeout(plan):
-    for found in spawn(2, timeouts, plan):
-        assert len(found) > 3 and {*found} == {TIMEOUT.total_seconds()}
+def test_every_group_has_the_same_timeout():
+    for plan, rank, found in spawn(2, timeouts):
+        assert len(found) > 3 and {*found} == {TIMEOUT.total_seconds()}, (plan, rank)
