@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from ds_pretrain.config import ConfigError, RunConfig, configs, load_run, objective_fields
+from ds_pretrain.config import ConfigError, RunConfig, configs, keys_of, load_run, objective_fields
 from ds_pretrain.console import Output, err, out
 from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
 from ds_pretrain.core.files import BusyError, whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
 from ds_pretrain.sweep.commands import app as sweep
+from ds_pretrain.sweep.spec import Spec
 from ds_pretrain.sweep.spec import read as read_sweep
 from ds_pretrain.use import app as use
 
@@ -339,11 +341,15 @@ def doctor(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="objectives, presets, runs or deepspeed, or one objective; all if left out.")
+        str,
+        typer.Argument(
+            help="objectives, presets, runs, sweeps or deepspeed; one objective; `run` or `sweep`: the keys of such a file. "
+            "All lists if left out."
+        ),
     ] = "",
 ) -> None:
-    """What there is: objectives with their fields, model presets, run files, DeepSpeed configurations. Of one objective, what
-    each field means."""
+    """What there is: objectives, model presets, run files, sweeps, DeepSpeed configurations. Of an objective, a run file and a
+    sweep file, what each key means."""
     from ds_pretrain.models.config import ModelConfig
     from ds_pretrain.models.presets import PRESETS
     from ds_pretrain.objectives import REGISTRY
@@ -351,19 +357,22 @@ def list_(
     sections: dict[str, list[tuple[str, str]]] = {
         "objectives": [(name, ", ".join(f"{key}={value}" for key, value, _ in objective_fields(name))) for name in REGISTRY],
         "presets": [(name, _preset_line(ModelConfig(preset=name, vocab=50257))) for name in PRESETS],
-        "runs": [(path.stem, _first_comment(path)) for path in sorted((configs() / "runs").glob("*.yaml"))],
+        **{
+            kind: [(path.stem, _first_comment(path)) for path in sorted((configs() / kind).glob("*.yaml"))]
+            for kind in ("runs", "sweeps")
+        },
         "deepspeed": [(path.name, "") for path in sorted((configs() / "deepspeed").glob("*.json"))],
     }
+    files: dict[str, type[BaseModel]] = {"run": RunConfig, "sweep": Spec}
+    if what in files:
+        out.print(_keys(f"keys of a {what} file", keys_of(files[what])))
+        return
     if what in REGISTRY:
-        table = Table(
-            "field", "default", "meaning", title=(REGISTRY[what].__doc__ or "").partition("\n")[0], title_justify="left"
-        )
-        for key, value, meaning in objective_fields(what):
-            table.add_row(f"objective.{key}", escape(value), escape(meaning))
-        out.print(table)
+        named = [(f"objective.{key}", value, meaning) for key, value, meaning in objective_fields(what)]
+        out.print(_keys((REGISTRY[what].__doc__ or "").partition("\n")[0], named))
         return
     if what and what not in sections:
-        raise ValueError(unknown("list", what, [*sections, *REGISTRY]))
+        raise ValueError(unknown("list", what, [*sections, *files, *REGISTRY]))
     for title in [what] if what else sections:
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for row in sections[title]:
@@ -590,6 +599,13 @@ def _draw(output: Path) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         lines |= {name: score["loss"] for name, score in found.items() if " at step " not in name}
     learning_curve(output / "metrics.jsonl", output / "plots" / "learning_curve.png", lines)
+
+
+def _keys(title: str, keys: list[tuple[str, str, str]]) -> Table:
+    table = Table("key", "default", "meaning", title=title, title_justify="left")
+    for row in keys:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _preset_line(model: Any) -> str:

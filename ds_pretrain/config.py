@@ -17,7 +17,7 @@ from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -254,12 +254,13 @@ def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Ru
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["a run file is a mapping of sections (model, objective, data, ...)"])
-    settings = overrides if isinstance(overrides, Mapping) else dict(_setting(text, str(path)) for text in overrides)
+    where = f"{path}{' with overrides' * bool(overrides)}"
+    settings = overrides if isinstance(overrides, Mapping) else dict(_setting(text, where) for text in overrides)
     for key, value in settings.items():
         _set(values, key.split("."), value)
     if values.get("init"):
-        values["model"] = {**_shape_of(values, str(path)), **(values.get("model") or {})}
-    return parse_run(numbers(values), str(path))
+        values["model"] = {**_shape_of(values, where), **(values.get("model") or {})}
+    return parse_run(numbers(values), where)
 
 
 def _shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -311,6 +312,8 @@ def _explain(error: dict[str, Any]) -> str:
         if not error["loc"][:-1] and any(last in (f.name for f in dataclass_fields(cls)) for cls in REGISTRY.values()):
             return f"{last} is a field of an objective: write objective.{last}=..."
         name = f"key in {'.'.join(map(str, error['loc'][:-1]))}" if error["loc"][:-1] else "section"
+        if meant := _elsewhere(last):
+            return f"unknown {name} {last!r}: write {' or '.join(meant)}"
         return unknown(name, last, section.model_fields)
     if error["type"] == "missing":
         return f"{place} is required"
@@ -318,6 +321,14 @@ def _explain(error: dict[str, Any]) -> str:
         inner = {"objective": "name", "model": "preset", "data": "path", "deepspeed": "config"}.get(place, "KEY")
         return f"{place} is a section: write {place}.{inner}={error['input']}"
     return f"{place}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Where a run has a key of this name, as overrides write it."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    inside = {name: kind for name, kind in sections.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    here = [f"{key}, outside any section"] * (key in sections and key not in inside)
+    return here + [f"{name}.{key}" for name, kind in inside.items() if key in kind.model_fields]
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -346,6 +357,19 @@ def objective_fields(name: str) -> list[tuple[str, str, str]]:
     return [(f.name, _default(f), meanings.get(f.name, "")) for f in dataclass_fields(REGISTRY[name])]
 
 
+def keys_of(section: type[BaseModel], inside: str = "") -> list[tuple[str, str, str]]:
+    """The keys of a file and of its sections, as overrides write them: name, default and what its docstring says."""
+    meanings, found = _meanings(section), []
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        if within := [kind for kind in kinds if issubclass(kind, BaseModel)]:
+            found += keys_of(within[0], f"{inside}{name}.")
+        else:
+            default = "required" if field.is_required() else _text(field.get_default(call_default_factory=True))
+            found.append((f"{inside}{name}", default, meanings.get(name, "")))
+    return found
+
+
 def _meanings(cls: type) -> dict[str, str]:
     """The docstring below each field of a class."""
     body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
@@ -359,6 +383,8 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def _default(field: DataclassField[Any]) -> str:
     value = field.default if field.default is not MISSING else cast(Any, field.default_factory)()
-    if is_dataclass(value):
-        return "its own defaults"
+    return "its own defaults" if is_dataclass(value) else _text(value)
+
+
+def _text(value: Any) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()

@@ -330,12 +330,26 @@ def test_a_run_that_diverges_ends_with_3(run_file, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "section, name", [("objectives", "mlm"), ("presets", "bert-base"), ("runs", "quickstart"), ("deepspeed", "zero1_bf16.json")]
+    "section, name",
+    [
+        ("objectives", "mlm"),
+        ("presets", "bert-base"),
+        ("runs", "quickstart"),
+        ("sweeps", "sizes"),
+        ("deepspeed", "zero1_bf16.json"),
+    ],
 )
 def test_list_shows_one_section_alone(section, name):
     out = ok("list", section)
     assert out.startswith(section) and name in out
-    assert not any(other in out.splitlines() for other in ("objectives", "presets", "runs", "deepspeed") if other != section)
+    assert not any(
+        other in out.splitlines() for other in ("objectives", "presets", "runs", "sweeps", "deepspeed") if other != section
+    )
+
+
+@pytest.mark.parametrize("kind, key", [("run", "optimizer.min_lr"), ("sweep", "budget.flops")])
+def test_list_says_what_the_keys_of_a_file_mean(kind, key):
+    assert key in ok("list", kind)
 
 
 def test_an_output_that_another_job_trains_into_is_left_alone(run_file, tmp_path):

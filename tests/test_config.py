@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ds_pretrain.config import ConfigError, configs, find, load_run, parse_run
+from ds_pretrain.config import ConfigError, RunConfig, configs, find, keys_of, load_run, parse_run
+from ds_pretrain.sweep.spec import Spec
 from ds_pretrain.training.deepspeed_json import stage_of
 
 BASE = {"data": {"path": "nowhere"}, "train": {"max_steps": 1000}}
@@ -20,6 +21,23 @@ def test_a_misspelt_key_is_told_with_the_nearest_one():
     text = str(error.value)
     assert "did you mean 'hidden'" in text and "did you mean 'batch'" in text
     assert "learning_rate" in text and len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize("kind", [RunConfig, Spec])
+def test_every_key_of_a_file_is_explained(kind):
+    keys = keys_of(kind)
+    assert len({key for key, _, _ in keys}) == len(keys) > 10
+    assert not [key for key, _, meaning in keys if not meaning]
+
+
+def test_a_key_in_the_wrong_place_is_told_with_its_own():
+    with pytest.raises(ConfigError) as error:
+        parse_run({**BASE, "train": {"seed": 1, "lr": 2}, "min_lr": 3})
+    assert error.value.problems == [
+        "unknown key in train 'seed': write seed, outside any section",
+        "unknown key in train 'lr': write optimizer.lr",
+        "unknown section 'min_lr': write optimizer.min_lr",
+    ]
 
 
 def test_wrong_types_and_missing_keys_are_listed_together():

@@ -17,6 +17,8 @@ from ds_pretrain.planning.points import Cluster, costs_on
 from ds_pretrain.planning.speed import step_flops, step_seconds
 
 GIB = 1 << 30
+MANY = 16
+"""Ranks that are shown one by one."""
 
 
 def tables(config: RunConfig, world: int, tokenizer_size: int | None, cluster: Cluster | None = None) -> list[Table]:
@@ -38,17 +40,28 @@ def tables(config: RunConfig, world: int, tokenizer_size: int | None, cluster: C
 
 
 def _places(config: RunConfig, model: ModelConfig, world: int) -> Table:
+    """A row for each rank; of many ranks, for each place in a replica."""
     plan = config.parallel.plan()
     stages = stage_of_layer(model.layers, plan.pipeline)
     table = Table("rank", "pipeline", "data", "context", "tensor", "layers", title=f"places: {world} ranks, layout {plan}")
-    for rank in range(min(world, 64)):
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world):
         at = plan.coordinate(rank, world)
-        layers = [i for i, stage in enumerate(stages) if stage == at.pipeline]
-        ends = "embedding, " * (at.pipeline == 0) + f"{layers[0]}-{layers[-1]}" + ", head" * (at.pipeline == plan.pipeline - 1)
-        table.add_row(*map(str, (rank, at.pipeline, at.data, at.context, at.tensor, ends)))
-    if world > 64:
-        table.add_row("...", "", "", "", "", f"{world - 64} more")
+        alike.setdefault((at.pipeline, at.context, at.tensor, *([at.data] if world <= MANY else [])), []).append(rank)
+    for (pipeline, context, tensor, *_), ranks in alike.items():
+        layers = [i for i, stage in enumerate(stages) if stage == pipeline]
+        ends = "embedding, " * (pipeline == 0) + f"{layers[0]}-{layers[-1]}" + ", head" * (pipeline == plan.pipeline - 1)
+        data = _span([plan.coordinate(rank, world).data for rank in ranks])
+        table.add_row(_span(ranks), str(pipeline), data, str(context), str(tensor), ends)
     return table
+
+
+def _span(numbers: list[int]) -> str:
+    """Numbers at one distance: 3, 0-7, or 0, 2, ... 14."""
+    if len(numbers) < 4:
+        return ", ".join(map(str, numbers))
+    first, second, *_, last = numbers
+    return f"{first}-{last}" if second == first + 1 else f"{first}, {second}, ... {last}"
 
 
 def _parameters(config: RunConfig, model: ModelConfig) -> Table:

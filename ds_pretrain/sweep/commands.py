@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,8 @@ Again = Annotated[bool, typer.Option(help="Also the cells that failed.")]
 SHORT: set[cells.Status] = {"running", "failed", "stopped"}
 """States of the cells that a live table shows one by one, where there are many."""
 MANY = 24
+TOLD: set[cells.Status] = {"failed", "finished"}
+"""States that are told in a line of their own when a cell reaches them; where there is no live table, running too."""
 
 
 @app.command()
@@ -42,22 +45,24 @@ def run(
     """Train the cells on this machine, so many at a time. Ctrl-C stops each with a checkpoint; the same command goes on."""
     plan = _open(sweep)
     waiting = cells.todo(plan, again)
+    told = {name: at.status for name, at in results.states(plan).items()}
     with Live(console=out, auto_refresh=False, transient=True) as live:
-        told: set[str] = set()
 
         def show() -> None:
             found = results.states(plan)
-            only = SHORT if len(plan.cells) > MANY else results.COLOURS
             if out.is_terminal:
-                live.update(results.table(plan, found, only), refresh=True)
+                live.update(results.table(plan, found, SHORT if len(plan.cells) > MANY else results.COLOURS), refresh=True)
             for name, at in found.items():
-                if at.status in ("finished", "failed") and name not in told:
-                    out.print(f"{name}: {at.status} after step {at.step:,}{f', {escape(at.reason)}' if at.reason else ''}")
-                    told.add(name)
+                if at.status != told[name] and at.status in (TOLD if out.is_terminal else {*TOLD, "running"}):
+                    out.print(f"{name}: {at.status}, step {at.step:,}{f': {escape(at.reason)}' if at.reason else ''}")
+                told[name] = at.status
 
-        told.update(name for name, at in results.states(plan).items() if at.status in ("finished", "failed"))
-        told.difference_update(cell.name for cell in waiting)
-        cells.run(sweep, waiting, at_once, show)
+        try:
+            cells.run(sweep, waiting, at_once, show)
+        except KeyboardInterrupt:
+            live.stop()
+            out.print(f"stopped, {results.summary(results.states(plan))}; next: ds-pretrain sweep run {sweep}")
+            raise typer.Exit(128 + signal.SIGINT) from None
     if _report(plan, sweep):
         raise typer.Exit(1)
 
@@ -91,8 +96,8 @@ def cell(
 
 @app.command()
 def status(sweep: Sweep) -> None:
-    """Show the cells, how far each is, and why some failed."""
-    _report(spec.read(sweep), sweep)
+    """Show the cells, how far each is, and why some failed; of cells that cannot run, what is wrong with them."""
+    _report(_open(sweep), sweep)
 
 
 @app.command()
@@ -101,7 +106,8 @@ def collect(sweep: Sweep) -> None:
     plan = spec.read(sweep)
     table, curves = results.collect(plan)
     out.print(f"{results.summary(results.states(plan))}\n{table} and {table.with_suffix('.parquet').name}, {curves.name}")
-    out.print(f"next: ds-pretrain scaling fit {table}")
+    sizes = {spec.parameters(each.config) for each in plan.cells}
+    out.print(f"next: {f'ds-pretrain scaling fit {table}' if len(sizes) > 1 else f'ds-pretrain sweep report {sweep}'}")
 
 
 @app.command()
@@ -141,7 +147,7 @@ def report(
 
 def _open(sweep: str) -> spec.Spec:
     plan = spec.read(sweep)
-    plan.check()
+    plan.check(str(find(sweep, "sweeps", ".yaml")))
     return plan
 
 
@@ -156,6 +162,8 @@ def _report(plan: spec.Spec, sweep: str) -> bool:
     if any(at.status == "running" for at in found.values()) and not left:
         out.print(f"next: ds-pretrain sweep status {sweep}")
         return bool(failed)
-    ways = [f"ds-pretrain sweep run {sweep}{' --again' * bool(failed and not left)}"] * bool(left or failed)
-    out.print(f"next: {(ways or [f'ds-pretrain sweep collect {sweep}'])[0]}")
+    ways = [f"ds-pretrain sweep run {sweep}"] * bool(left)
+    ways += [f"ds-pretrain sweep run {sweep} --again   # those that failed too"] * bool(failed)
+    for way in ways or [f"ds-pretrain sweep collect {sweep}"]:
+        out.print(f"next: {way}")
     return bool(failed)

@@ -24,7 +24,7 @@ COLOURS: dict[Status, str] = {
     "stopped": "yellow",
     "waiting": "dim",
 }
-REASON = 160
+REASON = 240
 """Characters of a reason in the table."""
 SCORES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy")
 """What is kept of the last evaluation."""
@@ -48,7 +48,9 @@ def summary(found: dict[str, State]) -> str:
 
 def table(spec: Spec, found: dict[str, State], only: Collection[Status] = COLOURS) -> Table:
     """The cells, or those of some states, with what they have reached."""
-    shown = Table("", "cell", "state", "step", "of", "loss", title=f"{spec.output}, {summary(found)}", title_justify="left")
+    shown = Table(
+        "", "cell", "state", "step", "of", "training loss", title=f"{spec.output}, {summary(found)}", title_justify="left"
+    )
     for number, cell in enumerate(spec.cells):
         at = found[cell.name]
         if at.status in only:

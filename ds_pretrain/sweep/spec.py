@@ -99,7 +99,8 @@ class Spec(BaseModel):
     ranks: int = Field(1, ge=1)
     """Ranks of a cell."""
     scores: dict[str, dict[str, Any]] = {}
-    """What finished cells are scored on, by a name of yours (see `scores`): {works: {by: probe, texts: passages.tsv}}."""
+    """What finished cells are scored on, each by a name of yours: {works: {by: probe, texts: passages.tsv}}. `by` is eval,
+    probe or memorised, the rest are options of that command."""
 
     @field_validator("grid")
     @classmethod
@@ -139,8 +140,8 @@ class Spec(BaseModel):
         run, name = settings.pop("run", self.run), _name(labels)
         return Cell(name, labels, run, {**settings, "output": str(self.folder / "cells" / name)}, self.ranks, length)
 
-    def check(self) -> None:
-        """ConfigError with everything that is wrong with any cell."""
+    def check(self, where: str = "") -> None:
+        """ConfigError with everything that is wrong with any cell. where: the file that the sweep was read from."""
         wrong: dict[str, list[str]] = defaultdict(list)
         for cell in self.cells:
             for problem in [*cell.problems(), *self._unscorable(cell)]:
@@ -149,7 +150,7 @@ class Spec(BaseModel):
         if twice := [name for name, count in _counted(cell.name for cell in self.cells) if count > 1]:
             found.append(f"{twice[0]}: {len(twice)} cells are there more than once: a value is repeated")
         if found:
-            raise ConfigError(self.output, found)
+            raise ConfigError(where or self.output, found)
 
     def _unscorable(self, cell: Cell) -> list[str]:
         try:
@@ -228,11 +229,18 @@ def read(name: str) -> Spec:
     values = _loaded(path)
     if not (base := values.get("base")):
         return _valid(path, values)
-    under = _loaded(where := find(str(base), "sweeps", ".yaml"))
+    under = _loaded(where := _base(path, str(base)))
     if under.get("base"):
         raise ConfigError(str(path), [f"base {base} has a base itself: name a sweep file that has none"])
     _valid(where, under)
     return _valid(path, {**under, **values})
+
+
+def _base(path: Path, name: str) -> Path:
+    try:
+        return find(name, "sweeps", ".yaml")
+    except ValueError as error:
+        raise ConfigError(str(path), [f"base: {error}"]) from None
 
 
 def _valid(path: Path, values: Settings) -> Spec:

@@ -266,8 +266,8 @@ class PreTrainer:
         """Stops at what is not a number; says once when the loss has gone far above where it began."""
         if not result.finite:
             raise DivergedError(
-                f"step {self.step}: loss {result.loss:.6g}, gradient norm {result.grad_norm or math.nan:.6g}. Nothing was "
-                "saved after it; go on from the last checkpoint, or start anew where there is none, with a lower "
+                f"diverged at step {self.step}: loss {result.loss:.6g}, gradient norm {result.grad_norm or math.nan:.6g}. "
+                "Nothing was saved after it; go on from the last checkpoint, or start anew where there is none, with a lower "
                 "optimizer.lr or a tighter optimizer.clip"
             )
         self._first_loss = self._first_loss or result.loss

@@ -67,6 +67,22 @@ class Hosts:
             self._ip("netns", "del", self._space(name), check=False)
         self._ip("netns", "del", self._space("switch"), check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        deadline = time.monotonic() + 20
+        while left := self.left():
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.1)
+
+    def left(self):
+        """What is left of the hosts on this machine: processes and namespaces."""
+        spaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, env={**os.environ, "PATH": PATH}).stdout
+        return [name for name in spaces.split() if name.startswith(self._mark)] + [
+            process.name for process in Path("/proc").glob("[0-9]*") if self._ours(process)
+        ]
+
+    def _ours(self, process):
+        with contextlib.suppress(OSError):
+            return f"TMPDIR={self.folder}/".encode() in (process / "environ").read_bytes()
+        return False
 
     def run(self, host, command, timeout=120, **env):
         """Run a command on a host."""

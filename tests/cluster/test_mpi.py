@@ -51,6 +51,13 @@ def test_hosts_are_apart_and_reach_each_other(hosts):
     assert str(os.getpid()) not in hosts.run("host2", ["ls", "/proc"]).stdout.split()
 
 
+def test_nothing_is_left_of_hosts():
+    with Hosts("brief") as brief:
+        brief.start("brief", ["sleep", "1000"])
+        assert len(brief.left()) > 3
+    assert brief.left() == []
+
+
 def test_two_hosts_give_the_bytes_of_one_process(hosts, source, expected, tmp_path):
     ran = hosts.run("host1", [*MPIRUN, CHAIN, 1, source, tmp_path / "out"], SLOW="0.5", **ROOT)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -11,6 +11,7 @@ import pytest
 from hosts import Hosts, missing, needed
 
 import ds_pretrain
+from ds_pretrain.core.exits import MISTAKE
 
 NAMES = ("host1", "host2", "host3")
 MBIT = 40
@@ -110,6 +111,19 @@ def test_everything_that_is_wrong_with_hosts_is_told_at_once(hosts, script, tmp_
         f"what host1 has written in output {out} is not there on host2 ({out}): output is not on a shared"
     )
     assert readonly.startswith(f"output {out} cannot be written on host3 (Read-only file system): ")
+    assert [*out.iterdir()] == []
+
+
+def test_a_job_on_hosts_that_share_no_output_never_trains(hosts, run_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    hosts.run("host2", ["mount", "-t", "tmpfs", "tmpfs", out])
+    meet = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "12346", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "ds_pretrain", "train", run_file, f"output={out}"]
+    ranks = [hosts.start(host, command, RANK=str(rank), **meet) for rank, host in enumerate(NAMES[:2])]
+    told = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [MISTAKE, MISTAKE], told
+    assert "the nodes of this job: 1 problem" in told[0] and f"is not there on host2 ({out})" in told[0], told[0]
     assert [*out.iterdir()] == []
 
 

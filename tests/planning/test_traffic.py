@@ -51,6 +51,8 @@ CASES: dict[int, list[Case]] = {
         ("mlm", {}, 3, 2, False, "bf16", {}),
         ("clm", TP, 0, 2, False, "fp32", {}),
         ("clm", SP, 3, 2, False, "bf16", {}),
+        ("mlm", {"tensor": 4, "sequence": True}, 0, 1, True, "fp32", {}),
+        ("mlm", {"context": 4}, 1, 1, False, "fp32", {}),
         ("mlm", PP, 1, 2, False, "fp32", {}),
         ("clm", {"pipeline": 4}, 1, 2, False, "fp32", {}),
         ("clm", {**TP, **PP}, 1, 2, True, "fp32", {}),

@@ -1,8 +1,10 @@
 """Cells as processes: each runs once, whoever starts, stops or kills them; what came of them is one table."""
 
+import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ import yaml
 from ds_pretrain.config import ConfigError
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.evaluation.perplexity import evaluate
+from ds_pretrain.evaluation.scaling import fit
+from ds_pretrain.evaluation.scaling import read as scaling_runs
 from ds_pretrain.objectives import create
 from ds_pretrain.sweep import cells, report, results
 from ds_pretrain.sweep.scores import figures
-from ds_pretrain.sweep.spec import read
+from ds_pretrain.sweep.spec import parameters, read
 from ds_pretrain.training.inference import FrozenModel
 
 STEPS, LONG = 40, 300
@@ -66,6 +70,26 @@ def said(*words):
     return process.returncode, text
 
 
+class Screen:
+    """A command that writes to a terminal."""
+
+    def __init__(self, *words):
+        self.end, terminal = os.openpty()
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "TERM": "xterm", "COLUMNS": "140"}
+        self.process = subprocess.Popen(command(*words), stdout=terminal, stderr=terminal, env=env)
+        os.close(terminal)
+
+    def text(self):
+        """All that it wrote, when it has ended."""
+        pieces = []
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while piece := os.read(self.end, 1 << 16):
+                pieces.append(piece)
+        self.process.wait(timeout=60)
+        os.close(self.end)
+        return b"".join(pieces).decode(errors="replace")
+
+
 def statuses(path):
     return {name: at.status for name, at in results.states(read(str(path))).items()}
 
@@ -82,9 +106,8 @@ def swept(run_file, tmp_path_factory):
     """A sweep of three cells, one of which diverges, run twice at once: its file, and what the first of the two said."""
     grid = {"optimizer.lr": [1e-3, 3e-3, DIVERGES]}
     path = sweep_file(run_file, tmp_path_factory.mktemp("swept"), grid)
-    both = [started("run", path, "--at-once", 2) for _ in range(2)]
-    told = [process.communicate(timeout=300)[0] for process in both]
-    return path, told
+    quiet, screen = started("run", path, "--at-once", 2), Screen("run", path, "--at-once", 2)
+    return path, [screen.text(), quiet.communicate(timeout=300)[0]]
 
 
 def test_every_cell_runs_once_although_two_ran_the_sweep(swept):
@@ -98,12 +121,21 @@ def test_every_cell_runs_once_although_two_ran_the_sweep(swept):
         )
 
 
+def test_a_terminal_shows_the_cells_as_they_go_on(swept):
+    _, (screen, quiet) = swept
+    tables = [set(re.findall(r"waiting|running|finished|failed", table)) for table in screen.split("training loss")[1:]]
+    assert {"running", "waiting"} in tables and {"finished", "failed"} in tables and len(tables) > 5, screen
+    assert quiet.count("training loss") == 1
+
+
 def test_a_failed_cell_is_told_with_its_reason_and_waits(swept):
     path, told = swept
     code, text = said("run", path)
-    assert code == 1 and "failed lr=1e+30: step" in text and "with a lower optimizer.lr" in text.replace("\n", " "), text
+    assert (
+        code == 1 and "failed lr=1e+30: diverged at step" in text and "with a lower optimizer.lr" in text.replace("\n", " ")
+    ), text
     assert f"sweep run {path} --again" in text.replace("\n", "")
-    assert any("lr=1e+30: failed after step" in text for text in told)
+    assert any("lr=1e+30: failed, step" in text for text in told) and any("lr=0.001: running, step" in text for text in told)
     before = (path.parent / "out/cells/lr=1e+30/log.txt").stat().st_size
     said("run", path)
     assert (path.parent / "out/cells/lr=1e+30/log.txt").stat().st_size == before
@@ -114,7 +146,7 @@ def test_a_failed_cell_is_told_with_its_reason_and_waits(swept):
 def test_the_cells_are_one_tidy_table(swept):
     path, _ = swept
     code, text = said("collect", path)
-    assert code == 0 and "2 finished, 1 failed" in text and "scaling fit" in text, text
+    assert code == 0 and "2 finished, 1 failed" in text and "sweep report" in text, text
     rows = list(csv.DictReader((path.parent / "out/cells.csv").open()))
     assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
     first, spec = rows[0], read(str(path))
@@ -128,6 +160,27 @@ def test_the_cells_are_one_tidy_table(swept):
     assert table.column_names == list(first) and table.num_rows == 3
     points = list(csv.DictReader((path.parent / "out/curves.csv").open()))
     assert [(row["run"], int(row["step"])) for row in points] == [("lr=0.001", STEPS), ("lr=0.003", STEPS)]
+
+
+def test_a_collected_sweep_is_what_scaling_laws_are_fitted_to(run_file, tmp_path):
+    sizes = {str(hidden): {"model.hidden": hidden} for hidden in (16, 32, 64, 128)}
+    path = sweep_file(run_file, tmp_path / "planted", {"size": sizes, "seed": [0, 1]}, budget={"tokens": [8e4, 1e5, 2e5, 4e5]})
+    spec = read(str(path))
+    for cell in spec.cells:
+        n, d = parameters(cell.config), 512 * cell.config.train.max_steps
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "run.yaml").write_text(
+            yaml.safe_dump({"model": {**cell.config.model.model_dump(mode="json"), "vocab": 64}})
+        )
+        trained = {"step": cell.config.train.max_steps, "tokens": d, "loss": 9.0, "lr": 0.1, "tokens_per_second": 1.0}
+        evaluated = {"step": trained["step"], "tokens": d, "split": "validation", "loss": 1.7 + 20 / n**0.34 + 90 / d**0.28}
+        (cell.folder / "metrics.jsonl").write_text(f"{json.dumps(trained)}\n{json.dumps(evaluated)}\n")
+        cells.note(cell, "finished")
+    code, text = said("collect", path)
+    assert code == 0 and "32 finished" in text and "scaling fit" in text, text
+    (group,) = fit(scaling_runs(path.parent / "out/cells.csv"), resamples=20).groups
+    found = group.fit("chinchilla_3").values
+    assert [found[name][0] for name in ("alpha", "beta", "E")] == pytest.approx([0.34, 0.28, 1.7], rel=1e-3)
 
 
 def test_a_stopped_cell_goes_on_and_a_killed_one_is_told(run_file, tmp_path):

@@ -92,6 +92,8 @@ def test_a_file_that_makes_no_sense_is_refused_with_the_place(write, values, tol
 
 @pytest.mark.parametrize("values, told", [
     ({"grid": {"model.hiden": [32, 64]}}, "all 2 cells: unknown key in model 'hiden': did you mean 'hidden'"),
+    ({"grid": {"train.seed": [0, 1]}}, "all 2 cells: unknown key in train 'seed': write seed, outside any section"),
+    ({"grid": {"lr": [1e-3]}}, "lr=0.001: unknown section 'lr': write optimizer.lr"),
     ({"grid": {"model.heads": [4, 3]}}, "heads=3: model.hidden 32 is not divisible by model.heads 3"),
     ({"grid": {"objective.name": ["clm", "mml"]}}, "name=mml: objective: unknown objective 'mml': did you mean 'mlm'"),
     ({"grid": {"seed": [0, 1, 0]}}, "seed=0: 1 cells are there more than once"),
@@ -128,6 +130,11 @@ def test_a_sweep_over_another_replaces_what_it_names(tmp_path):
     assert (spec.output, spec.run, spec.set, spec.grid) == ("large", "quickstart", {}, {"seed": [0, 1]})
     with pytest.raises(ConfigError, match="has a base itself: name a sweep file that has none"):
         read(str(larger))
+    large.write_text("base: sizs\noutput: large\n")
+    with pytest.raises(
+        ConfigError, match=r"large.yaml: 1 problem\n  - base: unknown sweep configuration 'sizs': did you mean 'sizes'"
+    ):
+        read(str(large))
 
 
 @pytest.mark.parametrize("path", sorted((configs() / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
