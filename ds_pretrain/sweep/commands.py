@@ -140,7 +140,8 @@ def report(
     sweep: Sweep,
     folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the page; else that of the sweep.")] = None,
 ) -> None:
-    """Write the sweep as one page: why and how, from the head of its file; a table; learning curves; scores."""
+    """Write the sweep as one page: why and how, from the head of its file; what came of it, from a conclusions.md of yours in
+    the folder; a table; learning curves; scores."""
     plan = spec.read(sweep)
     out.print(reports.write(plan, find(sweep, "sweeps", ".yaml"), folder or plan.folder))
 

@@ -1,8 +1,9 @@
 """A sweep on one page: what was asked and how it was run, a table, the curves, the scores.
 
 The page begins with the comment at the head of the sweep file: its first line is the title, the rest says why and gives the
-commands. Cells that differ by their seed alone are one line of the table, mean and standard deviation. Colours are the values
-of the first axis that varies, line styles those of the others.
+commands. What came of it is for you to write: `conclusions.md` in the folder of the page stands under the head. Cells that
+differ by their seed alone are one line of the table, mean and standard deviation. Colours are the values of the first axis that
+varies, line styles those of the others.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sound = [line for line in found if any(row["status"] == "finished" for row in line.rows)]
     curves(found).savefig(folder / "curves.png", dpi=DPI)
-    parts = [*_head(source), *table(found), "![Learning curves](curves.png)"]
+    parts = [*_head(source), *_conclusions(folder), *table(found), *way(sound), "![Learning curves](curves.png)"]
     if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
         panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
         parts += [*(part for each in scored for part in score_table(sound, each)), "![Scores](scores.png)"]
@@ -107,6 +108,13 @@ def _head(source: Path) -> Iterator[str]:
         yield body
 
 
+def _conclusions(folder: Path) -> Iterator[str]:
+    """What was written of it, with a title of its own."""
+    if (file := folder / "conclusions.md").is_file():
+        yield f"## What came of it\n\n{file.read_text(encoding='utf-8').strip()}"
+        yield "## Figures"
+
+
 def table(found: Sequence[Line]) -> Iterator[str]:
     """Markdown: a line for each combination, what it cost and reached, and what the figures are of."""
     yield _markdown(found, [column for column in FIGURES if any(line.values(column) for line in found)], _heading)
@@ -116,6 +124,37 @@ def table(found: Sequence[Line]) -> Iterator[str]:
     ]
     notes = ["Figures of several seeds: mean ± standard deviation of one."] * several + list(_denominators(found))
     yield " ".join(notes + [f"Not finished, and in no figure: {', '.join(left)}."] * bool(left))
+
+
+def way(found: Sequence[Line]) -> Iterator[str]:
+    """Markdown: every evaluation of runs that began with weights, from before their first step on; nothing of others."""
+    done = [(line, [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] == "finished"])
+            for line in found]  # fmt: skip
+    begun = [(line, histories) for line, histories in done if all(_evaluated_first(history) for history in histories)]
+    if not begun:
+        return
+    steps = sorted({each["step"] for _, histories in begun for history in histories for each in history.evaluations})
+    axes = list(dict.fromkeys(axis for line, _ in begun for axis in line.labels))
+    body = [
+        [*(line.labels.get(axis, "") for axis in axes), split, figure, *told]
+        for line, histories in begun
+        for split in _splits(histories[0])
+        for figure, told in [_told_on_the_way([_splits(history)[split] for history in histories], steps)]
+    ]
+    header = [*axes, "text", "figure", *(f"step {step:,}" for step in steps)]
+    yield "Before, during and after:"
+    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def _evaluated_first(history: History) -> bool:
+    return any(each["step"] == 0 for each in history.evaluations)
+
+
+def _told_on_the_way(runs: Sequence[Sequence[Row]], steps: Sequence[int]) -> tuple[str, list[str]]:
+    """The figure that evaluations are told by, perplexity where they have it, and its value over the runs at each step."""
+    key = "perplexity" if all("perplexity" in each for run in runs for each in run) else "loss"
+    at = [[float(each[key]) for run in runs for each in run if each["step"] == step] for step in steps]
+    return _heading(key), [_mean_and_spread(values, FIGURES[key][1]) for values in at]
 
 
 def _rows(found: Sequence[Line]) -> list[Row]:
@@ -151,10 +190,12 @@ def _heading(column: str) -> str:
 
 
 def _told(line: Line, column: str) -> str:
-    values = line.values(column)
+    return _mean_and_spread(line.values(column), FIGURES[column][1] if column in FIGURES else _format(column))
+
+
+def _mean_and_spread(values: Sequence[float], tell: Callable[[float], str]) -> str:
     if not values:
         return "-"
-    tell = FIGURES[column][1] if column in FIGURES else _format(column)
     mean = tell(statistics.fmean(values))
     return mean if len(values) == 1 or len(set(values)) == 1 else f"{mean} ± {tell(statistics.stdev(values))}"
 

@@ -18,6 +18,7 @@ import yaml
 from ds_pretrain.config import ConfigError
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.evaluation.perplexity import evaluate
+from ds_pretrain.evaluation.plots import History
 from ds_pretrain.evaluation.scaling import fit
 from ds_pretrain.evaluation.scaling import read as scaling_runs
 from ds_pretrain.objectives import create
@@ -248,16 +249,39 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     )
     assert first["clean/perplexity"] == pytest.approx(alone.perplexity) and first["words/accuracy"] > 0.8
     assert 0 <= first["recall/1"] <= 1 and first["words/majority"] < 0.8
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/conclusions.md").write_text("The lower, the slower.\n")
     code, text = said("report", scored, "-o", tmp_path / "page")
     page = (tmp_path / "page/report.md").read_text()
     assert code == 0 and page.startswith("# Rates of learning\n\nWhich is best?\n\n    ds-pretrain sweep run rates\n"), text
+    assert "\n## What came of it\n\nThe lower, the slower.\n" in page and "Before, during" not in page
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert (
         len(lines) == 2 + 3 + 3 * (2 + 2) and "lr=1e+30 (failed after step" in page and "**words**: `probe` with texts" in page
     )
     assert f"| 0.001 | 1 of 1 | {first['clean/loss']:.4g} |" in page
     assert "Validation figures are means over" in page
-    assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "scores.png"}
+    assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "conclusions.md", "curves.png", "scores.png"}
+
+
+def test_runs_that_began_with_weights_are_told_before_during_and_after():
+    def history(scale):
+        texts = {"validation": [8.0, 4.0], "validation of general": [2.0, 3.0]}
+        told = [
+            {"step": 10 * i, "split": split, "loss": 0.0, "perplexity": scale * value}
+            for split, values in texts.items()
+            for i, value in enumerate(values)
+        ]
+        return History([{"step": 10, "tokens": 100}], told)
+
+    replayed = report.Line({"replay": "with"}, [{"status": "finished"}] * 2, [history(1), history(1.5)])
+    _, text = report.way([replayed])
+    assert text.splitlines()[2:] == [
+        "| with | validation | perplexity (per token) | 10.00 ± 2.83 | 5.00 ± 1.41 |",
+        "| with | validation of general | perplexity (per token) | 2.50 ± 0.71 | 3.75 ± 1.06 |",
+    ]
+    anew = History(replayed.histories[0].train, replayed.histories[0].evaluations[1::2])
+    assert not [*report.way([replayed._replace(histories=[anew, anew])])]
 
 
 def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatch, tmp_path):
