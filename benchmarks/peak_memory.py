@@ -116,7 +116,8 @@ def quick() -> list[Case]:
         Case("prefix", zero=1, recompute=True), Case("llama", zero=3, precision="bf16", recompute=True),
     ]  # fmt: skip
     shared = [
-        Case(plan=TENSOR, precision="bf16"), Case(plan=SEQUENCE), Case(plan=CONTEXT, recompute=True),
+        Case(plan=TENSOR, recompute=True), Case(plan=SEQUENCE), Case(plan=CONTEXT, recompute=True),
+        Case("electra", precision="bf16"),
         Case(plan=PIPELINE, accumulation=4, rows=2), Case("bert", PIPELINE, precision="bf16", accumulation=4, recompute=True),
     ]  # fmt: skip
     four = [Case(plan=replace(SEQUENCE, pipeline=2), accumulation=4, rows=2)]

@@ -2,10 +2,10 @@
 
 A step is a few moments (the loss, the backward pass of the last and of the first layer, the reduction of gradients, the
 optimizer), each with its own parts alive; the peak is the largest of them. What is alive was read off DeepSpeed 0.19.8,
-megatron-core 0.16.1 and our own layers, allocation by allocation, and is held against measured peaks by a test: within 5%
-for its 18 cases, for 124 of the 128 of `benchmarks/memory_cpu.md`, 10% off at worst. ZeRO's division of states is Rajbhandari
-et al. 2020, what a layer keeps follows Korthikanti et al. 2022, for the tensors that these layers really make. The price:
-another version of a library may hold more, and says so only in that test.
+megatron-core 0.16.1 and our own layers, allocation by allocation, and is held against measured peaks: within 5% for all 137
+cases of `benchmarks/memory_cpu.md`, 19 of them in a test. ZeRO's division of states is Rajbhandari et al. 2020, what a layer
+keeps follows Korthikanti et al. 2022, for the tensors that these layers really make. The price: another version of a library
+may hold more, and says so only in that test.
 
 Not counted: what is no tensor (the interpreter, libraries, CUDA's context, fragmentation) and what NCCL or gloo allocate.
 On CUDA the formulas are the same but for the lines marked so; they were never measured there.
@@ -324,7 +324,7 @@ def _forward(r: Rank) -> dict[str, Parts]:
 
 def _kept(r: Rank) -> float:
     """Bytes that this stage keeps of one micro-batch for its backward pass."""
-    return r.layers * _kept_of_layer(r) + r.first * (_embedded(r) + _generator(r)) + (r.plan.tensor > 1) * _hidden(r)
+    return r.layers * _kept_of_layer(r) + r.first * (_embedded(r) + _generator(r))
 
 
 def _kept_of_layer(r: Rank) -> float:
@@ -378,11 +378,13 @@ def _dropping(m: ModelConfig) -> bool:
 
 
 def _answered(r: Rank) -> float:
-    """Bytes that the heads keep of the scored positions: the state, its norm, BERT's transform or a classifier."""
+    """Bytes that the heads keep: the states of all positions where ranks divided them, and of the scored ones the state, its
+    norm, BERT's transform or a classifier."""
     m, w = r.model, r.width
     norm = (w if m.norm == "layernorm" or r.cuda else w + 4) * m.hidden * (m.norm_position == "pre")
     transform = 3 * w * m.hidden * (m.head_transform or not r.words)
-    return sum(r.load.scored.values()) / r.plan.context * (w * m.hidden + norm + transform)
+    scored = sum(r.load.scored.values()) / r.plan.context
+    return r.plan.sequence * _hidden(r) + scored * (w * m.hidden + norm + transform)
 
 
 def _words(r: Rank) -> float:
@@ -427,13 +429,13 @@ def _backward(r: Rank) -> dict[str, Parts]:
     missing = 0.0 if r.zero >= 2 else w * r.elements - held.get(GRADIENTS, 0.0)
     found: dict[str, Parts] = {}
     if r.matrix:
-        own = {PASSING: w * (r.matrix * (1 + _copied(r)) + _words(r) * r.model.hidden)}
-        head = {ACTIVATIONS: _kept(r) + _answered(r), LOSS: w * _logits(r)}
+        own = {PASSING: w * (r.matrix + max(_logits(r), _copied(r) * r.matrix) + _words(r) * r.model.hidden)}
+        head = {ACTIVATIONS: _kept(r) + _answered(r)}
         found["gradient of the head"] = _sum(held, gathered, filling if r.model.head_transform else {}, head, own)
     pending = w * r.matrix * ((r.tied and r.plan.pipeline == 1) or missing > 0)
     done = 2 * _hidden(r) / r.between * (r.model.norm_position == "post")
-    again = r.recompute * (_layer(r, r.model) + 2 * _hidden(r) / r.between)
-    last = {ACTIVATIONS: r.flying * _kept(r) - done + again, GRADIENTS: pending, PASSING: _passing(r)}
+    again = r.recompute * _layer(r, r.model)
+    last = {ACTIVATIONS: r.flying * _kept(r) - done + again, GRADIENTS: pending, PASSING: _passing(r) + _hidden(r) / r.between}
     found["gradient of the last layer"] = _sum(held, gathered, filling, last)
     others, one = (r.flying - 1) * _kept(r), _kept(r) - (r.layers - 1) * _kept_of_layer(r)
     layer = sum(math.prod(shape) for name, shape in r.shapes.items() if name.startswith("layers.")) / r.layers
@@ -454,17 +456,19 @@ def _passing(r: Rank) -> float:
     """Bytes of gradients inside a layer at the worst, which is in the second matrix of its feed-forward part."""
     m, t = r.model, r.plan.tensor
     wide = m.ffn_width / t * (2 if m.activation == "swiglu" else 1)
-    return r.width * (_here(r) * (wide + 2 * m.hidden) + m.hidden * m.ffn_width / t)
+    return r.width * (_here(r) * (wide + m.hidden * (1 + r.plan.sequence)) + m.hidden * m.ffn_width / t)
 
 
 def _embedding_gradient(r: Rank, missing: float) -> Parts:
-    """All other gradients are there; the embedding's is dense, made beside the head's where that is the same matrix, and the
-    two are summed into a third (ZeRO-3 brings a linear layer of its own, after which they are summed in place)."""
+    """All other gradients are there; the embedding's is dense, made beside the head's where that is the same matrix, as it is a
+    generator's, and the two are summed into a third (ZeRO-3 brings a linear layer of its own, after which they are summed in
+    place). A generator's layers wait for their turn."""
     w = r.width
-    tensors = (2 if r.zero == 3 else 3) if r.tied and r.plan.pipeline == 1 else 1 + _copied(r)
+    twice = (r.tied and r.plan.pipeline == 1) or r.objective.generator is not None
+    tensors = (2 if r.zero == 3 else 3) if twice else 1 + _copied(r)
     return {
-        ACTIVATIONS: (r.flying - 1) * _kept(r), GRADIENTS: missing, PASSING: w * r.word * (tensors - (missing > 0)),
-        GATHERED: w * r.word * (r.zero == 3 and r.replicas > 1),
+        ACTIVATIONS: (r.flying - 1) * _kept(r) + _generator(r), GRADIENTS: missing,
+        PASSING: w * r.word * (tensors - (missing > 0)), GATHERED: w * r.word * (r.zero == 3 and r.replicas > 1),
     }  # fmt: skip
 
 
