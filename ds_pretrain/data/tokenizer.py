@@ -192,16 +192,13 @@ class TextTokenizer:
         files = [path] if path.is_file() else [path / name for name in ENGINES if (path / name).is_file()]
         if not files:
             raise ValueError(f"no tokenizer at {path}: it has neither {' nor '.join(ENGINES)}")
-        file = "tokenizer.model" if files[0].suffix == ".model" else "tokenizer.json"
-        model = files[0].read_bytes()
-        try:
-            engine = ENGINES[file](model)
-        except Exception as error:
-            raise ValueError(f"{files[0]} is not a readable {file}: {error}") from None
-        saved = files[0].with_name("specials.json")
+        found = [(file, *_opened(file)) for file in files]
+        found.sort(key=lambda each: (-each[2].size, each[0].suffix == ".json"))  # of a model and its copy in json the model
+        source, model, engine = found[0]
+        file, saved = _kind_of(source), source.with_name("specials.json")
         if saved.is_file():
             return cls._verified(file, model, saved)
-        return cls(file, model, _find_specials(engine, files[0], extend, stand_in))
+        return cls(file, model, _find_specials(engine, source, extend, stand_in))
 
     @classmethod
     def _verified(cls, file: str, model: bytes, saved: Path) -> TextTokenizer:
@@ -314,6 +311,18 @@ def check_kind(kind: str, vocab_size: int) -> None:
 
 def _digest(model: bytes, specials: Mapping[str, int]) -> str:
     return xxhash.xxh3_128_hexdigest(model + json.dumps(dict(specials), sort_keys=True).encode())
+
+
+def _kind_of(path: Path) -> str:
+    return "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
+
+
+def _opened(path: Path) -> tuple[bytes, Engine]:
+    model = path.read_bytes()
+    try:
+        return model, ENGINES[_kind_of(path)](model)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable {_kind_of(path)}: {error}") from None
 
 
 def _find_specials(engine: Engine, path: Path, extend: bool, stand_in: bool) -> dict[str, int]:

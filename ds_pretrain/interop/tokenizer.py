@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ds_pretrain.data.tokenizer import ALIASES, TextTokenizer
+from ds_pretrain.interop.sentencepiece import converted
 from ds_pretrain.objectives import Objective
 
 NAMED = {
@@ -27,20 +28,19 @@ def special_ids(tokenizer: TextTokenizer) -> dict[str, int]:
 
 
 def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: int | None, folder: Path) -> None:
-    """Write the tokenizer's own file and tokenizer_config.json; for an encoder with [CLS] and [SEP] put around a text."""
-    if tokenizer.file == "tokenizer.model":
-        (folder / tokenizer.file).write_bytes(tokenizer.model)
-        return  # for sentencepiece itself: what transformers makes of such a file is another tokenizer
+    """Write the tokenizer's own file, tokenizer.json where that is another, and tokenizer_config.json; for an encoder with
+    [CLS] and [SEP] put around a text."""
+    (folder / tokenizer.file).write_bytes(tokenizer.model)
+    known = tokenizer.model if tokenizer.file == "tokenizer.json" else converted(tokenizer.model).to_str().encode()
     ids = tokenizer.specials
     found = {theirs: (tokenizer.spelling(ids[ours]), ours) for theirs, ours in NAMED.items()}
     names = {theirs: name for theirs, (name, ours) in found.items() if name in (ours, *ALIASES[ours])}  # no stand-ins
-    content = json.loads(tokenizer.model)
+    content = json.loads(known)
     content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
     if objective.kind == "full":
         content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)  # none stands in there
-    same = content == json.loads(tokenizer.model)  # then byte for byte: it is known by its digest
-    text = tokenizer.model if same else json.dumps(content, ensure_ascii=False).encode()
-    (folder / tokenizer.file).write_bytes(text)
+    same = content == json.loads(known)  # then byte for byte: it is known by its digest
+    (folder / "tokenizer.json").write_bytes(known if same else json.dumps(content, ensure_ascii=False).encode())
     config: dict[str, object] = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if objective.kind == "full":
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]

@@ -1,6 +1,7 @@
 """What was trained goes out whole: weights, tokenizer, card; and a run begins with the weights of another."""
 
 import json
+from pydoc_data.topics import topics
 
 import pytest
 import theirs
@@ -12,6 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from ds_pretrain.config import ConfigError, load_run
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.interop.commands import bring_in, send_out
+from ds_pretrain.interop.tokenizer import save_tokenizer
 from ds_pretrain.objectives import create
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
@@ -105,6 +107,22 @@ def test_the_exported_tokenizer_gives_the_same_ids(runs, objective):
             one, two = (ours.encode(word).tolist() for word in ("one", "two"))
             assert framed["input_ids"] == [vocab.cls, *one, vocab.sep, *two, vocab.sep]
             assert framed["token_type_ids"] == [0] * (len(one) + 2) + [1] * (len(two) + 1)
+
+
+@pytest.mark.parametrize("kind, alike", [("sp_bpe", 1.0), ("unigram", 0.97)])
+def test_a_sentencepiece_tokenizer_goes_out_with_its_ids_and_comes_back_itself(kind, alike, tmp_path):
+    """Of a unigram model all but texts that two splits are equally likely of."""
+    texts = [*topics.values()]
+    ours = TextTokenizer.train(iter(texts), 2000, kind)
+    save_tokenizer(ours, create("clm"), 64, tmp_path)
+    theirs_ = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    odd = ["", " ", "  a  b\n\tc ", "naïve ☕ 日本語 𝔘", "▁x ▁▁y", "a\r\nb\x00", "e\u0301 \u00a0", "<eod>a<mask>"]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    lines = [line for text in texts for line in text.splitlines()] + odd
+    same = [theirs_(line, **options)["input_ids"] == ours.encode(line).tolist() for line in lines]
+    assert sum(same) >= alike * len(same) and len(theirs_) == len(ours)
+    assert theirs_.eos_token_id == ours.vocabulary.eod and theirs_.decode(ours.encode(odd[2])) == odd[2]
+    assert TextTokenizer.load(tmp_path).digest == ours.digest
 
 
 def foreign(folder, specials, size=400):
