@@ -23,10 +23,10 @@ def generate(
     output: Output,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat it for more.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of texts to continue, one a line.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep so many candidates; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.95,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep so many candidates; 0: all. Not for diffusion.")] = 0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="Keep this much probability. Not for diffusion.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
 ) -> None:
     """Continue texts with the newest checkpoint of a causal run, or of a masked diffusion run."""
@@ -39,7 +39,7 @@ def generate(
     if model.objective.measure == "bound":
         found = [unmask(model, start, vocab.mask, vocab.specials, how) for start in starts]
     else:
-        steps = list(continue_all(model, [[vocab.eod, *ids] for ids in starts], vocab.eod, _never(model, vocab), how))
+        steps = list(continue_all(model, [[vocab.begin, *ids] for ids in starts], vocab.eod, _never(model, vocab), how))
         found = [[token for step in steps if (token := step[i]) is not None] for i in range(len(starts))]
     for text, ids in zip(texts, found, strict=True) if model.mesh.rank == 0 else ():
         out.print(f"[bold]{escape(text)}[/bold]{escape(tokenizer.decode(ids))}", soft_wrap=True)
@@ -57,8 +57,7 @@ def fill(
     model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
     for each in text:
-        first, *others = (tokenizer.encode(part).tolist() for part in each.split(MASK))
-        ids = [vocab.cls, *first, *(token for part in others for token in (vocab.mask, *part)), vocab.sep]
+        ids = task.masked(each.split(MASK), tokenizer, model.objective.framed)
         found = task.fill(model, ids, vocab.mask, _never(model, vocab), top)
         table = Table("mask", *(str(rank) for rank in range(1, top + 1)), title=escape(each), title_justify="left")
         for number, candidates in enumerate(found, start=1):
@@ -85,7 +84,7 @@ def infill(
 ) -> None:
     """Let a fill-in-the-middle run write what is missing: between two texts of yours, or lines of its own documents.
 
-    Of lines it says how many are exact, and how much Python still parses.
+    Of lines it says how many are exact, and how much Python still parses, beside how much does with nothing in the gap.
     """
     from ds_pretrain.evaluation import infill as task
 
@@ -104,9 +103,10 @@ def infill(
         for attempt in tried[:show]:
             _show(attempt)
         python = [attempt for attempt in tried if attempt.gap.python]
-        table = Table("lines", "exact", "Python documents", "still parse", title=f"{output}, {split} split")
+        table = Table("lines", "exact", "Python documents", "still parse", "without the line", title=f"{output}, {split} split")
         exact, parsed = sum(attempt.exact for attempt in tried), sum(attempt.parses for attempt in python)
-        table.add_row(str(len(tried)), _of(exact, tried), str(len(python)), _of(parsed, python))
+        idle = sum(attempt.gap.idle for attempt in python)
+        table.add_row(str(len(tried)), _of(exact, tried), str(len(python)), _of(parsed, python), _of(idle, python))
         out.print(table)
 
 

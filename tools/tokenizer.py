@@ -193,6 +193,10 @@ class _Run:
         import yaml
 
         _whole(self.file, lambda path: path.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8"))
+        if "imported" in json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8")):
+            data, output = self.values["data"]["path"], self.values["output"]
+            begins = [f"init={output}", f"data.path={data}", f"data.mix={{{data}: 1.0}}", f"data.tokenizer={data}/tokenizer"]
+            return ["ds-pretrain", "train", "adapt", *begins]
         step = int(checkpoint.name.removeprefix("step-"))
         more = [f"train.max_steps={2 * step}"] if step >= self.values["train"]["max_steps"] else []
         return ["ds-pretrain", "train", str(self.file), *more]

@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 
 SENTINELS = 256
+BEGIN = "<bos>"
+"""The name of what texts begin with, where that is not the end of another."""
 IDEOGRAPHS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 """Unicode blocks of Chinese characters, as BERT's tokenizer has them."""
 
@@ -62,6 +64,11 @@ class Vocabulary:
             size, 0, 1, 2, 3, 4, 5, sentinels, frozenset(range(first + SENTINELS)), names,
             surfaces=lambda: [chr(base + i) for i in range(size)], codec=codec,
         )  # fmt: skip
+
+    @property
+    def begin(self) -> int:
+        """What a text is predicted from: the end of the one before it, or a token of its own (LLaMA's <s>)."""
+        return self.names.get(BEGIN, self.eod)
 
     @cached_property
     def is_special(self) -> np.ndarray:

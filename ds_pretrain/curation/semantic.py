@@ -11,7 +11,6 @@ Suffixes: N documents, W windows, D features, K groups.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ import numpy as np
 import xxhash
 
 from ds_pretrain.core import rng
+from ds_pretrain.core.pooling import pooling_of, read_json
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Folder, Place, Work, batched, read_part, step
 from ds_pretrain.curation.duplicates import clusters, drop, gathered, rows_of
@@ -88,7 +88,7 @@ def check(model: Path, threshold: float, groups: int) -> None:
         raise ValueError("copies in meaning are found by a model of the transformers library: pip install transformers")
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} has no config.json: give the folder of a sentence embedding model, such as all-MiniLM-L6-v2")
-    _pooling(model)
+    pooling_of(model)
     try:
         Encoder.load(model)
     except OSError as error:
@@ -98,26 +98,6 @@ def check(model: Path, threshold: float, groups: int) -> None:
 def _digest(model: Path) -> str:
     files = sorted(path for path in model.rglob("*") if path.suffix in (".json", ".txt", ".safetensors", ".bin", ".model"))
     return xxhash.xxh3_128_hexdigest("".join(f"{path.relative_to(model)} {file_digest(path)}\n" for path in files).encode())
-
-
-def _pooling(model: Path) -> str:
-    """How the states of a text's tokens become one vector."""
-    modules = [module["type"].rpartition(".")[2] for module in _json(model / "modules.json", [])]
-    if strange := [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]:
-        raise ValueError(f"{model / 'modules.json'} has a {strange[0]} layer, which is not supported: choose a model without")
-    path = model / "1_Pooling" / "config.json"
-    told = _json(path, {"pooling_mode": "mean"})
-    on = [key.removeprefix("pooling_mode_") for key, value in told.items() if value is True and key.startswith("pooling_mode_")]
-    asked = told.get("pooling_mode", on)
-    # cls_token, mean_tokens, mean_sqrt_len_tokens; the last points where the mean does.
-    found = [name.partition("_")[0] for name in ([asked] if isinstance(asked, str) else asked)]
-    if len(found) != 1 or found[0] not in ("cls", "mean"):
-        raise ValueError(f"{path} asks for {' and '.join(found) or 'no'} pooling: choose a model with cls or mean pooling")
-    return found[0]
-
-
-def _json(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_bytes()) if path.exists() else otherwise
 
 
 @dataclass(frozen=True)
@@ -142,9 +122,9 @@ class Encoder:
             )
         model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
         positions, first = getattr(model.config, "max_position_embeddings", None), _first_position(model)
-        limits = (_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), tokenizer.model_max_length,
+        limits = (read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), tokenizer.model_max_length,
                   positions and positions - first)  # fmt: skip
-        return Encoder(tokenizer, model, _pooling(folder), min(limit for limit in limits if limit))
+        return Encoder(tokenizer, model, pooling_of(folder), min(limit for limit in limits if limit))
 
     @property
     def width(self) -> int:

@@ -98,7 +98,7 @@ def collate_causal(
     for start, tokens in zip((starts + fresh).tolist(), pieces, strict=True):
         inputs[start : start + len(tokens) - 1] = tokens[:-1]
         last.append(tokens[-1])
-    inputs[starts[fresh]] = vocab.eod
+    inputs[starts[fresh]] = vocab.begin
     labels[:-1] = inputs[1:]
     labels[starts + layout.lengths[layout.segments > 0] - 1] = last
     scored = labels != vocab.eod if not objective.eod_loss else np.ones(len(labels), dtype=bool)

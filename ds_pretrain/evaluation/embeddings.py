@@ -53,12 +53,15 @@ class Probe:
 
 def embedder(model: FrozenModel, tokenizer: TextTokenizer) -> Embed:
     """Texts to embeddings, framed as the model has seen them and cut to its positions."""
-    vocab, encoder = tokenizer.vocabulary, model.objective.kind != "causal"
+    vocab, objective = tokenizer.vocabulary, model.objective
     room = (model.build.model.positions or 1 << 30) - 2
+    first, last = ([vocab.cls], [vocab.sep]) if objective.framed else ([], [vocab.eod])
+    if objective.kind == "causal":
+        first, last = [vocab.begin], []
 
     def embed(texts: Sequence[str]) -> Tensor:
         found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
-        return model.embed([[vocab.cls, *ids, vocab.sep] if encoder else [vocab.eod, *ids] for ids in found])
+        return model.embed([[*first, *ids, *last] for ids in found])
 
     return embed
 

@@ -41,6 +41,11 @@ class Gap:
     def python(self) -> bool:
         return parses(self.before + self.middle + self.after)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is Python without the line too."""
+        return parses(self.before + self.after)
+
 
 @dataclass(frozen=True)
 class Infilled:
@@ -87,11 +92,12 @@ def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int =
     sides."""
     vocab = tokenizer.vocabulary
     pre, suf, mid = (vocab.names[name] for name in NAMES)
-    room = max(8, ((model.build.model.positions or 1 << 30) - tokens - 4) // 2)
+    room = max(8, ((model.build.model.positions or 1 << 30) - tokens - 5) // 2)
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
-    prompt = [pre, *before[-room:], suf, *after[:room], mid]
+    prompt = [vocab.begin, pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []
-    for token in generate(model, prompt, vocab.eod, vocab.specials, Sampling(tokens, temperature=0)):
+    never = vocab.specials | frozenset(range(vocab.size, model.build.model.vocab_size))
+    for token in generate(model, prompt, vocab.eod, never, Sampling(tokens, temperature=0)):
         ids.append(token)
         if one_line and "\n" in tokenizer.decode([token]):
             break

@@ -224,26 +224,24 @@ def _albert_rules(model: ModelConfig) -> Iterator[Rule]:
 
 
 def _albert(model: ModelConfig, objective: Objective) -> Side:
-    words, classifier, _ = _words_and_classifier(objective)
+    _, classifier, _ = _words_and_classifier(objective)
     rules = list(_albert_rules(model))
-    if classifier:
-        rules += both(f"head.classifiers.{classifier}.dense", "albert.pooler")
-        rules += both(f"head.classifiers.{classifier}.out", "sop_classifier.classifier")
-    if words:
-        rules += _word_rules(model, "predictions.dense", "predictions.LayerNorm", "predictions")
+    rules += both(f"head.classifiers.{classifier}.dense", "albert.pooler")
+    rules += both(f"head.classifiers.{classifier}.out", "sop_classifier.classifier")
+    rules += _word_rules(model, "predictions.dense", "predictions.LayerNorm", "predictions")
     fields = {
         **fields_of(model),
         "embedding_size": model.hidden,
         "num_hidden_groups": model.layers,
         "classifier_dropout_prob": 0.0,
     }
-    return Side("AlbertForPreTraining" if words and classifier else "AlbertForMaskedLM", fields, rules)
+    return Side("AlbertForPreTraining", fields, rules)
 
 
 FAMILIES.register("albert")(
     Family(
         model=_albert_model,
-        objective=trained_for({"AlbertForPreTraining": "albert"}, "mlm"),
+        objective=trained_for({"AlbertForPreTraining": "albert"}, "albert"),
         takes=lambda m, objective: is_encoder(m, objective) and {"mlm", "sop"} == {head.name for head in objective.heads},
         sides=lambda model, objective: {"": _albert(model, objective)},
         heads=r"predictions\.|sop_classifier\.|albert\.pooler\.",

@@ -11,16 +11,17 @@ import yaml
 from ds_pretrain.config import RunConfig
 from ds_pretrain.core.files import json_lines
 from ds_pretrain.interop.rules import Side
+from ds_pretrain.objectives import Objective
 from ds_pretrain.training.checkpoint import Snapshot
 
 TASKS = {"causal": "text-generation", "full": "fill-mask"}
+"""By what a model of words reads, what hubs call it."""
 
 
 def card(output: Path, config: RunConfig, snapshot: Snapshot, sides: Mapping[str, Side], precision: str) -> str:
     """Markdown with the header that model hubs read."""
     facts, objective = snapshot.manifest, config.make_objective()
-    task = "sentence-similarity" if any(head.classes == 0 for head in objective.heads) else TASKS[objective.kind]
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", f"# {output.name}", ""]
+    lines = ["---", "library_name: transformers", *_task(objective), "---", f"# {output.name}", ""]
     lines += [
         f"Trained with ds_pretrain for `{objective.name}`: {facts.get('objective_fields', 'weights as they were imported')}.",
         "",
@@ -42,10 +43,24 @@ def card(output: Path, config: RunConfig, snapshot: Snapshot, sides: Mapping[str
     return "\n".join(lines)
 
 
+def _task(objective: Objective) -> list[str]:
+    """What hubs call it; nothing where they have no word for it, as for a discriminator or the order of sentences."""
+    if any(head.classes == 0 for head in objective.heads):
+        return ["pipeline_tag: sentence-similarity"]
+    speaks = objective.generator is None and any(head.classes is None for head in objective.heads)
+    return [f"pipeline_tag: {TASKS[objective.kind]}"] * speaks
+
+
 def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side], precision: str) -> list[tuple[str, Any]]:
     return [
         ("architecture", ", ".join(side.architecture for side in sides.values())),
         ("precision of the file", precision),
+        *(_training(config, facts) if "imported" not in facts else [("imported from", "transformers, and not trained since")]),
+    ]
+
+
+def _training(config: RunConfig, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
         ("step", f"{facts['step']:,}"),
         ("tokens read", f"{facts.get('tokens', 0):,}"),
         ("data", f"{config.data.path}, digest {facts.get('data')}"),

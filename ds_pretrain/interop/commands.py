@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import yaml
 from rich.table import Table
 
 from ds_pretrain.core.files import appearing, whole
+from ds_pretrain.core.pooling import pooling_of, read_json
 from ds_pretrain.core.registry import unknown
+from ds_pretrain.core.vocabulary import BEGIN
 from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
+from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.interop.card import card
 from ds_pretrain.interop.folder import SHARD
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
 from ds_pretrain.interop.transfer import Arrival, hand_out
+from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.runs import run_of, tokenizer_of
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
@@ -32,6 +38,8 @@ def bring_in(
 ) -> Arrival:
     """Make `output` the output folder of a run that begins with the weights of `folder`: a checkpoint of step 0, run.yaml, and
     the tokenizer where there is one. ValueError with what is wrong, and then nothing is left."""
+    if objective is None and (folder / "modules.json").is_file() and pooling_of(folder) == "cls":
+        objective = "simcse"  # whose vector of a text that is
     arrival = Arrival.of(folder, generator, objective, pickles)
     tokenizer = _tokenizer(next(iter(arrival.sources)).stored.folder, arrival)
     with appearing(output) as attempt:
@@ -52,7 +60,20 @@ def _tokenizer(folder: Path, arrival: Arrival) -> TextTokenizer | None:
             f"the tokenizer of {folder} has {len(tokenizer)} ids, the embedding {arrival.model.vocab_size} rows: they are of "
             "two models, or the tokenizer was extended without the embedding"
         )
-    return tokenizer
+    begins = _begins(folder, tokenizer, arrival.config) if arrival.objective.kind == "causal" else None
+    if begins in (None, tokenizer.specials["<eod>"]):
+        return tokenizer
+    return replace(tokenizer, specials={**tokenizer.specials, BEGIN: begins})
+
+
+def _begins(folder: Path, tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int | None:
+    """The special token that texts of a causal model begin with: as its tokenizer says, else its config."""
+    found = frozenset(tokenizer.specials.values())
+    name = read_json(folder / "tokenizer_config.json", {}).get("bos_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    if name is not None:
+        return next((i for i in found if tokenizer.spelling(i) == name), None)
+    return config.get("bos_token_id") if config.get("bos_token_id") in found else None
 
 
 def _run_of(arrival: Arrival, output: Path, tokenizer: bool) -> dict[str, Any]:
@@ -75,7 +96,8 @@ def told(arrival: Arrival, output: Path) -> Table:
     """What came in."""
     model = arrival.model
     table = Table("", "", title=f"{output}: from {arrival.config['model_type']}", show_header=False, title_justify="left")
-    table.add_row("parameters", f"{model.count_parameters():,}")
+    shapes = parameter_shapes(model, arrival.objective)
+    table.add_row("parameters", f"{sum(map(math.prod, shapes.values())):,}")
     table.add_row("shape", f"{model.layers} layers, {model.hidden} wide, {model.heads} heads, {model.vocab_size:,} ids")
     table.add_row("objective", arrival.objective.name)
     if not (output / "tokenizer").is_dir():
@@ -100,9 +122,14 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
     if step and (found := checkpoint.damages(path)):
         raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
     snapshot, objective = Snapshot(path), config.make_objective()
-    tokenizer = tokenizer_of(config)
+    tokenizer, rows = tokenizer_of(config), ModelConfig(**snapshot.manifest["model"]).vocab_size
+    if tokenizer and len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer of {output} has {len(tokenizer)} ids now, the model {rows} rows: it is not the one that it was "
+            "trained with; prepare the data with that one again, or name its folder in run.yaml as data.tokenizer"
+        )
     with appearing(folder) as attempt:
-        extra = special_ids(tokenizer) if tokenizer else {}
+        extra = special_ids(tokenizer, snapshot.manifest.get("imported", {}).get("config", {})) if tokenizer else {}
         sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
         for place in sides:
             if tokenizer:

@@ -35,10 +35,7 @@ class Stored:
         config = self.folder / "config.json"
         if not config.is_file():
             raise ValueError(f"{config} does not exist: give a folder that save_pretrained() wrote")
-        try:
-            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config} is not JSON: {error}") from None
+        self.config = _mapping(config)
         self.pickles = pickles and not self._has(SAFE)
         if not self._has(PICKLED if self.pickles else SAFE):
             raise ValueError(self._absent())
@@ -61,7 +58,8 @@ class Stored:
         index = self.folder / f"{name}.index.json"
         if not index.is_file():
             return dict.fromkeys(self._names(self.folder / name), self.folder / name)
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(places := _mapping(index).get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map: copy it again")
         for file in sorted(set(places.values())):
             listed = [tensor for tensor, place in places.items() if place == file]
             if not (self.folder / file).is_file():
@@ -96,15 +94,28 @@ class Stored:
             return tuple(tensors[name].shape if self.pickles else tensors.get_slice(name).get_shape())
 
 
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON file. ValueError with its name if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no mapping: copy it again")
+    return found
+
+
 @functools.cache
 def _pickled(path: Path) -> dict[str, Tensor]:
     """All tensors of a pickle; from the disk where its format lets them lie there."""
     for mmap in (True, False):
         try:
-            found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            return found
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            told = str(error).splitlines()[0]
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
+                return found
+            told = "it holds something else"
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            told = (str(error) or "it is empty").splitlines()[0]
     raise ValueError(f"{path} is no pickle of tensors alone: {told}")
 
 

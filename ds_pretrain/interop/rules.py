@@ -164,7 +164,9 @@ def require(fields: Fields, **wanted: Any) -> None:
         f"{name} = {fields[name]!r} (only {value!r})" for name, value in wanted.items() if fields.get(name, value) != value
     ]
     if wrong:
-        raise ValueError(f"this {fields['model_type']} config computes what our layers do not: {', '.join(wrong)}")
+        raise ValueError(
+            f"this {fields['model_type']} config computes what our layers do not: {', '.join(wrong)}: choose another model"
+        )
 
 
 def activation(name: str) -> str:

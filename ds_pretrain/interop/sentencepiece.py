@@ -1,8 +1,9 @@
-"""A `tokenizer.model` of sentencepiece as the `tokenizer.json` that the tokenizers library computes the same ids with.
+"""A `tokenizer.model` of sentencepiece as a `tokenizer.json` of the tokenizers library, which `transformers` opens.
 
-`transformers` opens nothing else without more packages and another tokenizer's habits. Pieces keep their ids. Of a BPE model
-sentencepiece keeps only pieces and the order in which they were merged; every way to make a piece of two others is a merge of
-that rank, which is what it tries when it encodes (Kudo and Richardson 2018).
+Pieces keep their ids. Of a BPE model sentencepiece keeps only pieces and the order in which they were merged; every way to make
+a piece of two others is a merge of that rank, which is what it tries when it encodes (Kudo and Richardson 2018): the ids of a
+text are the same. A unigram model may take another of two splits that are equally likely (a line in a hundred), because one
+library adds their scores in single and the other in double precision.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def converted(model: bytes) -> tokenizers.Tokenizer:
     kind = message.trainer_spec.model_type
     if kind not in (1, BPE):
         raise ValueError("a sentencepiece model of words or characters has no counterpart in the tokenizers library")
+    if message.trainer_spec.treat_whitespace_as_suffix:
+        raise ValueError("a sentencepiece model with spaces behind its words has no counterpart in the tokenizers library")
     made = tokenizers.Tokenizer(_bpe(message) if kind == BPE else _unigram(message))
     spec = message.normalizer_spec
     made.normalizer = normalizers.Sequence([*_normalizers(spec)])

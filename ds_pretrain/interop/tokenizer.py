@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ds_pretrain.data.tokenizer import ALIASES, TextTokenizer
 from ds_pretrain.interop.sentencepiece import converted
@@ -21,10 +23,13 @@ NAMED = {
 """Their names and ours. A document of ours begins after the end of another, so that is also what text begins with."""
 
 
-def special_ids(tokenizer: TextTokenizer) -> dict[str, int]:
-    """Fields of config.json and generation_config.json."""
-    ids = tokenizer.specials
-    return {"bos_token_id": ids["<eod>"], "eos_token_id": ids["<eod>"], "pad_token_id": ids["<pad>"]}
+def special_ids(tokenizer: TextTokenizer, imported: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.json and generation_config.json. imported: the config of the model that came in, which may end a text
+    in several ways. Where nothing but <eod> could pad there is no padding: its row of the embedding would not be trained."""
+    vocab, ends = tokenizer.vocabulary, imported.get("eos_token_id")
+    several = isinstance(ends, list) and vocab.eod in ends
+    padding = {"pad_token_id": vocab.pad} if vocab.pad != vocab.eod else {}
+    return {"bos_token_id": vocab.begin, "eos_token_id": ends if several else vocab.eod, **padding}
 
 
 def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: int | None, folder: Path) -> None:

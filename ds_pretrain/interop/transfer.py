@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ds_pretrain.evaluation.reference import parameter_shapes
@@ -98,19 +99,30 @@ class Arrival:
                 "generator": generator or folder / "generator",
             }
         main = Stored(next(iter(places.values())), pickles).config
-        name = str(main.get("model_type"))
+        name = main.get("model_type")
+        if not isinstance(name, str):
+            raise ValueError(f"{folder}/config.json has no model_type: it must be one of {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         if set(places) != set(family.places):
-            both = " and ".join(family.places) or "none"
             raise ValueError(
-                f"of {name} there is one folder" if len(family.places) == 1 else f"{name} is two models: give {both}"
+                f"{name} is one model: leave out --generator, or give the folder that has its config.json"
+                if len(family.places) == 1
+                else f"{name} is two models: give the folder of the discriminator and --generator with that of the other"
             )
         stored = {place: Stored(path, pickles) for place, path in places.items()}
+        where = next(iter(places.values())) / "config.json"
         try:
             model = family.model(main)
             made = family.objective(objective, {place: each.config for place, each in stored.items()})
         except KeyError as missing:
-            raise ValueError(f"the {name} config has no {missing}") from None
+            raise ValueError(f"{where} has no {missing}: copy it again") from None
+        except ValidationError as error:
+            told = "; ".join(f"{each['loc'][-1]}: {each['msg']} ({each['input']!r})" for each in error.errors())
+            raise ValueError(f"{where} describes no model: {told}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if wrong := model.problems():
+            raise ValueError(f"{where} describes no model: {'; '.join(wrong)}")
         if not family.takes(model, made):
             raise ValueError(f"a model of {name} cannot be one of ours for {made.name}: another --objective, or none, may do")
         return _checked(family, model, made, stored, main)

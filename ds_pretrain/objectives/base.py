@@ -62,6 +62,8 @@ class Objective(ABC):
     of whatever the objective hides, which gives no perplexity."""
     eod: ClassVar[bool] = True
     """Whether a document's end-of-document token is part of what the example is made from."""
+    framed: ClassVar[bool] = False
+    """Whether its examples stand between [CLS] and [SEP]."""
     whole: ClassVar[bool] = False
     """Whether a document must be one example: none may be longer than a piece, and each is looked at before training."""
     packed: ClassVar[bool] = True

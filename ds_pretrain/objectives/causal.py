@@ -1,7 +1,8 @@
 """Causal language modelling: predict every token of a document, its end included, from what came before.
 
-The first token of a document is predicted from the end-of-document id, the first of a later piece from the token before
-it, so the pieces of a long document predict each token exactly once: nothing is skipped at a cut and nothing repeated.
+The first token of a document is predicted from the end-of-document id (of a model that came in, from what its texts begin
+with), the first of a later piece from the token before it, so the pieces of a long document predict each token exactly once:
+nothing is skipped at a cut and nothing repeated.
 What a document's end does is three switches, as in Megatron-LM (`--reset-position-ids`, `--reset-attention-mask`,
 `--eod-mask-loss`): with both resets off a row is one running text, as GPT-2 was trained (Radford et al. 2018, 2019). Without
 `reset_attention` every piece begins with the end-of-document id, a later one too, so that no two texts touch.
@@ -49,7 +50,7 @@ class CausalLanguageModeling(Objective):
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
         labels = doc.tokens[:max_len]
-        before = vocab.eod if doc.before is None or not self.reset_attention else doc.before
+        before = vocab.begin if doc.before is None or not self.reset_attention else doc.before
         inputs = np.concatenate(([before], labels[:-1])).astype(np.int32)
         weights = np.ones(len(labels)) if self.eod_loss else labels != vocab.eod
         return Example(inputs, np.arange(len(inputs), dtype=np.int32), {"clm": Target.of(labels, weights)})

@@ -76,9 +76,9 @@ class FillInTheMiddle(Objective):
 
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
-        tokens, before = doc.tokens[: self.piece(max_len)], vocab.eod if doc.before is None else doc.before
+        tokens, before = doc.tokens[: self.piece(max_len)], vocab.begin if doc.before is None else doc.before
         if rng.random() < self.rate:
-            tokens, before = self._rewrite(tokens[tokens != vocab.eod], vocab, rng), vocab.eod
+            tokens, before = self._rewrite(tokens[tokens != vocab.eod], vocab, rng), vocab.begin
         return prefixed(np.concatenate(([before], tokens)), 1, "fim")
 
     @property

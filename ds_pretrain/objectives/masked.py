@@ -47,6 +47,7 @@ class MaskedLanguageModeling(Objective):
 
     heads: ClassVar[tuple[Head, ...]] = (Head("mlm"),)
     kind = "full"
+    framed = True
     eod = False
 
     def __post_init__(self) -> None:

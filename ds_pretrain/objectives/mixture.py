@@ -117,6 +117,10 @@ class Composite(Objective):
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
+    def framed(self) -> bool:  # type: ignore[override]
+        return any(component.objective.framed for component in self.components)
+
+    @property
     def documents(self) -> int:  # type: ignore[override]
         return max(component.objective.documents for component in self.components)
 

@@ -54,7 +54,7 @@ class PrefixLanguageModeling(Objective):
     def example(self, docs: Sequence[Document], vocab: Vocabulary, max_len: int, rng: np.random.Generator) -> Example:
         (doc,) = docs
         text = doc.tokens[: self.piece(max_len)]
-        start = [vocab.eod if doc.before is None else doc.before] + ([vocab.names[self.mode]] if self.mode else [])
+        start = [vocab.begin if doc.before is None else doc.before] + ([vocab.names[self.mode]] if self.mode else [])
         return prefixed(np.concatenate((start, text)), len(start) + self._prefix(len(text), rng), self.heads[0].name)
 
     def _prefix(self, tokens: int, rng: np.random.Generator) -> int:

@@ -48,6 +48,7 @@ class SentencePair(Objective):
 
     task: ClassVar[str]
     kind = "full"
+    framed = True
     eod = False
     shortest = 2
     token_types = 2

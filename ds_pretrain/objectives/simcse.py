@@ -47,6 +47,7 @@ class SimCSE(Objective):
     """How that view is masked."""
 
     kind = "full"
+    framed = True
     eod = False
     pooled = True
 

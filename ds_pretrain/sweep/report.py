@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens": ("tokens", "{:,.0f}".format),
     "loss_tokens": ("loss tokens", "{:,.0f}".format),
     "model_flops": ("model FLOPs", "{:.3g}".format),
-    "loss": ("validation loss (nats per target)", "{:.4f}".format),
+    "loss": ("validation loss", "{:.4f}".format),
     "perplexity": ("perplexity (per token)", "{:.2f}".format),
     "word_perplexity": ("perplexity (per word)", "{:,.5g}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
@@ -74,7 +74,8 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sound = [line for line in found if any(row["status"] == "finished" for row in line.rows)]
     curves(found).savefig(folder / "curves.png", dpi=DPI)
-    parts = [*_head(source), *_conclusions(folder), *table(found), *way(sound), "![Learning curves](curves.png)"]
+    head = [*_head(source), *_conclusions(folder)]
+    parts = [*head, *table(found), *_cautions(spec), *way(sound), "![Learning curves](curves.png)"]
     if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
         panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
         parts += [*(part for each in scored for part in score_table(sound, each)), "![Scores](scores.png)"]
@@ -136,12 +137,12 @@ def way(found: Sequence[Line]) -> Iterator[str]:
     steps = sorted({each["step"] for _, histories in begun for history in histories for each in history.evaluations})
     axes = list(dict.fromkeys(axis for line, _ in begun for axis in line.labels))
     body = [
-        [*(line.labels.get(axis, "") for axis in axes), split, figure, *told]
+        [*(line.labels.get(axis, "") for axis in axes), split, *_told_on_the_way(runs, steps)]
         for line, histories in begun
         for split in _splits(histories[0])
-        for figure, told in [_told_on_the_way([_splits(history)[split] for history in histories], steps)]
+        for runs in [[_splits(history)[split] for history in histories]]
     ]
-    header = [*axes, "text", "figure", *(f"step {step:,}" for step in steps)]
+    header = [*axes, "text", "targets", "figure", *(f"step {step:,}" for step in steps)]
     yield "Before, during and after:"
     yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
 
@@ -150,11 +151,23 @@ def _evaluated_first(history: History) -> bool:
     return any(each["step"] == 0 for each in history.evaluations)
 
 
-def _told_on_the_way(runs: Sequence[Sequence[Row]], steps: Sequence[int]) -> tuple[str, list[str]]:
-    """The figure that evaluations are told by, perplexity where they have it, and its value over the runs at each step."""
+def _told_on_the_way(runs: Sequence[Sequence[Row]], steps: Sequence[int]) -> list[str]:
+    """What evaluations are means over, the figure they are told by, perplexity where they have it, and it at each step."""
+    targets = sorted({int(each["tokens_scored"]) for run in runs for each in run})
     key = "perplexity" if all("perplexity" in each for run in runs for each in run) else "loss"
     at = [[float(each[key]) for run in runs for each in run if each["step"] == step] for step in steps]
-    return _heading(key), [_mean_and_spread(values, FIGURES[key][1]) for values in at]
+    return [_span(targets), _heading(key), *(_mean_and_spread(values, FIGURES[key][1]) for values in at)]
+
+
+def _cautions(spec: Spec) -> Iterator[str]:
+    """What may not be read out of the columns of validation."""
+    runs = [cell.config for cell in spec.cells]
+    told = ["A loss is in nats per target, of an objective with several heads the weighted sum of theirs."]
+    if len({run.data.path for run in runs}) > 1:
+        told.append("Each cell is validated on text of its own, so these figures do not compare the cells; scores do.")
+    if len({run.objective["name"] for run in runs}) > 1:
+        told.append("Losses of different objectives are no common scale.")
+    yield " ".join(told)
 
 
 def _rows(found: Sequence[Line]) -> list[Row]:
@@ -212,8 +225,11 @@ def _denominators(found: Sequence[Line]) -> Iterator[str]:
     last = [_splits(history).get("validation", [])[-1:] for line in found for history in line.histories]
     scored = sorted({int(each["tokens_scored"]) for some in last for each in some})
     if scored:
-        span = f"{scored[0]:,}" if len(scored) == 1 else f"{scored[0]:,} to {scored[-1]:,}"
-        yield f"Validation figures are means over {span} targets."
+        yield f"Validation figures are means over {_span(scored)} targets."
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def _history(cell: Cell) -> History:
@@ -253,7 +269,7 @@ def curves(found: Sequence[Line]) -> Figure:
     for panel, title in zip(axes, PANELS, strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
-    axes[0].set_ylabel("nats per target")
+    axes[0].set_ylabel("loss")
     others = sorted({split for line in found for history in line.histories for split in _splits(history)})[1:]
     if others:
         axes[1].set_title(f"validation loss; other marks: {', '.join(others)}", loc="left", fontsize=9)
@@ -307,7 +323,7 @@ def _figure_of(each: Asked, found: Sequence[Line]) -> str:
 def _caption(each: Asked, found: Sequence[Line]) -> str:
     if each.by == "memorised":
         return f"{each.name}: windows completed verbatim"
-    return f"{_heading(_figure_of(each, found))}, {Path(str(next(iter(each.fields.values())))).name}"
+    return f"{_heading(_figure_of(each, found))}, {' and '.join(path.name for path in each.paths)}"
 
 
 def _mean(found: Sequence[Line], column: str) -> float:

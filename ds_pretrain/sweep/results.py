@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from ds_pretrain.core.files import whole
 from ds_pretrain.evaluation.plots import History
+from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.sweep.cells import State, Status, state
 from ds_pretrain.sweep.scores import Asked, figures
@@ -117,7 +119,7 @@ def _reached(cell: Cell, size: int) -> dict[str, Any]:
     evaluated: dict[str, Any] = next((line for line in reversed(history.evaluations) if line["split"] == "validation"), {})
     scores = {key: value for key, value in evaluated.items() if key in SCORES}
     return {
-        "parameters_total": model.count_parameters(),
+        "parameters_total": sum(map(math.prod, parameter_shapes(model, cell.config.make_objective()).values())),
         "tokens": last["tokens"],
         "loss_tokens": _mean(history, "target_tokens") * last["step"],
         "flops": 6.0 * size * last["tokens"],

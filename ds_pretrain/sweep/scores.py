@@ -94,10 +94,15 @@ class Asked:
         """ValueError for an unknown score or fields that it does not have."""
         fields = dict(values)
         by = fields.pop("by", "")
+        signature = inspect.signature(SCORES[by], eval_str=True)
         try:
-            inspect.signature(SCORES[by]).bind(None, **fields)
+            signature.bind(None, **fields)
         except TypeError as error:
             raise ValueError(f"scores.{name}: {error} (of {by})") from None
+        for key, value in fields.items():
+            number = signature.parameters[key].annotation is not str
+            if number and value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"scores.{name}: {key} is {value!r}, it must be a whole number above 0")
         return Asked(name, by, fields)
 
     def problems(self, objective: Objective) -> list[str]:

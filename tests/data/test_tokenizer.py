@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from ds_pretrain.data.tokenizer import KINDS, MINIMUM, RESERVED, TextTokenizer
+from ds_pretrain.evaluation.fill import masked
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TEXTS = [(STDLIB / name).read_text("utf-8")[:60_000] for name in ("argparse.py", "textwrap.py", "random.py")]
@@ -110,6 +111,15 @@ def test_too_small_a_vocabulary_names_the_minimum(trained):
         assert len(TextTokenizer.train(iter(TEXTS), need, kind)) == need
     else:
         assert len(TextTokenizer.train(iter(TEXTS), MINIMUM, kind)) == MINIMUM
+
+
+def test_a_mask_in_a_text_is_where_training_puts_it(trained):
+    _, tokenizer, _, _ = trained
+    whole, vocab = tokenizer.encode("list of the arguments, and of it").tolist(), tokenizer.vocabulary
+    (place,) = [i for i, token in enumerate(whole) if tokenizer.token(token).strip("Ġ▁ ") == "the"]
+    expected = [vocab.cls, *whole[:place], vocab.mask, *whole[place + 1 :], vocab.sep]
+    assert masked(["list of ", " arguments, and of it"], tokenizer, framed=True) == expected
+    assert masked(["list of ", " arguments, and of it"], tokenizer, framed=False) == [*expected[1:-1], vocab.eod]
 
 
 def test_damage_is_found(trained, tmp_path):

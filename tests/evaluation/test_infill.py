@@ -44,6 +44,10 @@ def test_what_counts(written, exact, good):
     assert CODE.python and not Gap("def (", "x\n", "").python
 
 
+def test_a_gap_may_leave_python_without_its_line():
+    assert CODE.idle == parses(CODE.before + CODE.after) and Gap("x = 1\n", "y = 2\n", "z = 3\n").idle
+
+
 def test_what_is_no_python_is_no_error():
     assert not parses("\0") and not parses("(" * 10_000) and parses("")
     assert ast.parse(CODE.before + CODE.middle + CODE.after)
@@ -53,15 +57,16 @@ def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatc
     seen = []
     line = dataset.tokenizer.encode("    return x\n").tolist()
     monkeypatch.setattr(task, "generate", lambda model, prompt, *_, **__: iter(seen.append(prompt) or line))
-    model = SimpleNamespace(build=SimpleNamespace(model=SimpleNamespace(positions=128)))
+    model = SimpleNamespace(build=SimpleNamespace(model=SimpleNamespace(positions=128, vocab_size=len(dataset.tokenizer))))
     attempt = task.infill(model, dataset.tokenizer, CODE)
     pre, suf, mid = (dataset.vocab.names[name] for name in ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
     encode = dataset.tokenizer.encode
-    assert seen == [[pre, *encode(CODE.before).tolist(), suf, *encode(CODE.after).tolist(), mid]]
+    begin = dataset.vocab.eod
+    assert seen == [[begin, pre, *encode(CODE.before).tolist(), suf, *encode(CODE.after).tolist(), mid]]
     assert attempt.exact and attempt.parses
     long = Gap("x = 1\n" * 500, "y = 2\n", "z = 3\n" * 500)
     task.infill(model, dataset.tokenizer, long, tokens=16)
-    assert len(seen[1]) <= 128 - 16 - 1 and seen[1][0] == pre and seen[1][-1] == mid
-    assert dataset.tokenizer.decode(seen[1][1 : seen[1].index(suf)]).endswith("x = 1\n")
+    assert len(seen[1]) <= 128 - 16 - 1 and seen[1][:2] == [begin, pre] and seen[1][-1] == mid
+    assert dataset.tokenizer.decode(seen[1][2 : seen[1].index(suf)]).endswith("x = 1\n")
     line += dataset.tokenizer.encode("z = 3\n").tolist()
     assert task.infill(model, dataset.tokenizer, CODE, one_line=False).written == "    return x\nz = 3\n"

@@ -1,6 +1,10 @@
 """Domain adaptation as the shipped run file has it: from weights of transformers, both texts evaluated on the way."""
 
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import theirs
@@ -16,6 +20,7 @@ from ds_pretrain.objectives import create
 from ds_pretrain.sweep.spec import read
 
 STEPS = 6
+ROOT = Path(__file__).parents[2]
 
 
 def evaluations(output):
@@ -46,6 +51,20 @@ def test_the_shipped_run_adapts_and_both_texts_are_followed(place):
     found = evaluations(place / "runs/adapt")
     assert set(found) == {(split, step) for split in ("validation", "validation of data/general") for step in (0, 3, STEPS)}
     assert found["validation", STEPS] < found["validation", 0], "the domain is learned"
+
+
+def test_a_model_that_came_in_learns_pieces_of_the_domain(place, corpus):
+    """The four commands at the head of the run file."""
+    tool = [sys.executable, str(ROOT / "tools" / "tokenizer.py")]
+    texts = sorted(str(path) for path in corpus.iterdir() if path.name.endswith(".py.txt"))
+    subprocess.run([*tool, "extend", "runs/imported/tokenizer", texts[0], "-o", "wider", "--pieces", "20"], check=True)
+    prepare(texts, "data/domain", tokenizer="wider", split=(0.6, 0.2, 0.2), quiet=True)
+    resize = ["resize", "runs/imported/checkpoints/step-0", "wider", "-o", "runs/wider", "--data", "data/domain"]
+    told = subprocess.run([*tool, *resize], check=True, capture_output=True, text=True).stdout
+    command = shlex.split(told.rpartition("next: ds-pretrain ")[2])
+    assert command[:3] == ["train", "adapt", "init=runs/wider"], told
+    ran = CliRunner().invoke(app, [*command, f"train.max_steps={STEPS}", "batch.seq_len=64", "optimizer.warmup_steps=2"])
+    assert ran.exit_code == 0 and "begins with the weights of runs/wider" in ran.output, ran.output
 
 
 def test_the_sweep_with_and_without_replay_has_only_sound_cells(place):

@@ -135,7 +135,11 @@ def test_a_head_may_be_missing_or_too_many_and_either_is_told(tmp_path):
         ("gpt2", {"model_type": "gpt3"}, "unknown model type of transformers 'gpt3': did you mean 'gpt2'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", {"activation_function": "gelu_fast"}, "unknown activation 'gelu_fast'"),
-        ("gpt2", {"n_layer": None}, "n_layer"),
+        ("gpt2", {"n_layer": None}, "config.json has no 'n_layer': copy it again"),
+        ("gpt2", {"model_type": 5}, "config.json has no model_type: it must be one of albert, bert"),
+        ("gpt2", {"n_head": 5}, "config.json describes no model: model.hidden 48 is not divisible by model.heads 5"),
+        ("llama grouped", {"num_key_value_heads": 3}, "config.json describes no model: model.heads 4 is not divisible by"),
+        ("llama grouped", {"rms_norm_eps": 0}, "config.json describes no model: norm_eps: Input should be greater than 0"),
         (
             "gpt2",
             {"n_inner": 100},
@@ -205,6 +209,10 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     refused(rf"{first} is missing, with \d+ of \d+ tensors: copy it again", lambda folder: (folder / first).unlink())
     refused("config.json does not exist", lambda folder: (folder / "config.json").unlink())
     refused("config.json is not JSON", lambda folder: (folder / "config.json").write_text("{"))
+    refused("config.json holds no mapping", lambda folder: (folder / "config.json").write_text("[]"))
+    index = "model.safetensors.index.json"
+    refused(f"{index} is not JSON", lambda folder: (folder / index).write_text('{"weight_map'))
+    refused(f"{index} has no weight_map", lambda folder: (folder / index).write_text("{}"))
     refused(
         f"{first} is not a readable safetensors file", lambda folder: (folder / first).write_bytes(files[0].read_bytes()[:-9])
     )
@@ -221,6 +229,14 @@ def test_a_pickle_is_refused_and_read_only_when_asked_for(tmp_path):
     torch.save(model.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"only a pickle, which can run code when it is read.*--allow-pickle"):
         bring_in(tmp_path / "in", tmp_path / "run")
+    for content in (torch.ones(2), {"a": [1]}):
+        torch.save(content, tmp_path / "in" / "other.bin")
+        shutil.copytree(tmp_path / "in", tmp_path / f"in {type(content).__name__}")
+        (tmp_path / f"in {type(content).__name__}" / "other.bin").replace(
+            tmp_path / f"in {type(content).__name__}" / "pytorch_model.bin"
+        )
+        with pytest.raises(ValueError, match="is no pickle of tensors alone: it holds something else"):
+            bring_in(tmp_path / f"in {type(content).__name__}", tmp_path / "run", pickles=True)
     bring_in(tmp_path / "in", tmp_path / "run", pickles=True)
     whole = Snapshot(tmp_path / "run" / "checkpoints" / "step-0").whole("word.weight")
     assert torch.equal(whole, model.transformer.wte.weight)

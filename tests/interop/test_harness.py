@@ -1,14 +1,17 @@
 """What goes out scores in other people's harnesses, and a sentence model of theirs comes in: lm-eval, sentence-transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from ds_pretrain.cli import app
+from ds_pretrain.evaluation.embeddings import embedder
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.runs import load_model, load_tokenizer, make_trainer, open_run
 
@@ -38,6 +41,25 @@ def test_a_real_sentence_encoder_gives_the_same_embeddings_here_and_when_it_has_
     send_out(tmp_path / "run", tmp_path / "out")
     left = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, normalize_embeddings=True)
     assert np.abs(left - expected).max() < 1e-5
+
+
+def test_an_encoder_keeps_the_pooling_that_it_says(minilm, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    shutil.copytree(minilm, tmp_path / "cls")
+    pooling = tmp_path / "cls" / "1_Pooling" / "config.json"
+    modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), **modes}))
+    expected = SentenceTransformer(str(tmp_path / "cls"), device="cpu").encode(TEXTS)
+    bring_in(tmp_path / "cls", tmp_path / "run")
+    model, tokenizer = load_model(str(tmp_path / "run")), load_tokenizer(str(tmp_path / "run"))
+    assert np.abs(F.normalize(embedder(model, tokenizer)(TEXTS), dim=-1).numpy() - expected).max() < 1e-5
+    send_out(tmp_path / "run", tmp_path / "out")
+    left = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    assert np.abs(left - expected).max() < 1e-5
+    (tmp_path / "cls" / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(ValueError, match="has a Dense layer, which is not supported"):
+        bring_in(tmp_path / "cls", tmp_path / "dense")
 
 
 def trained(folder, data, objective, model):

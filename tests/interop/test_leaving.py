@@ -3,14 +3,18 @@
 import json
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import theirs
 import tokenizers
 import torch
 import transformers
 from tokenizers import models, pre_tokenizers, trainers
+from typer.testing import CliRunner
 
+from ds_pretrain.cli import app
 from ds_pretrain.config import ConfigError, load_run
+from ds_pretrain.core.batch import Document
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.interop.tokenizer import save_tokenizer
@@ -157,6 +161,32 @@ def test_a_causal_tokenizer_has_one_special_token_and_keeps_it_alone(tmp_path, d
     assert len(made) == len(TextTokenizer.load(tmp_path / "run" / "tokenizer"))
     masked = load_run(str(tmp_path / "run" / "run.yaml"), ["objective.name=mlm", f"data.path={data}"])
     assert any("special tokens that this tokenizer, of a causal model, lacks" in each for each in problems(masked, 1))
+
+
+def test_texts_of_a_llama_begin_as_they_did(tmp_path):
+    """With its own <s>, here and where it goes."""
+    foreign(tmp_path / "llama", ["<unk>", "<s>", "</s>", "<|eot|>"])
+    names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(names))
+    shape = {**theirs.LLAMA, "vocab_size": len(TextTokenizer.load(tmp_path / "llama", stand_in=True))}
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, eos_token_id=[2, 3])).eval()
+    network.save_pretrained(tmp_path / "llama")
+    bring_in(tmp_path / "llama", tmp_path / "run")
+    ours, model = load_tokenizer(str(tmp_path / "run")), load_model(str(tmp_path / "run"))
+    assert (ours.vocabulary.begin, ours.vocabulary.eod) == (1, 2)
+    ids = torch.tensor([[1, *ours.encode("a b").tolist()]])
+    never = {"do_sample": False, "pad_token_id": 0, "suppress_tokens": [0, 1, 2, 3]}
+    expected = network.generate(ids, max_new_tokens=8, min_new_tokens=8, **never)[0, ids.shape[1] :].tolist()
+    how = ["--prompt", "a b", "--tokens", "8", "--temperature", "0"]
+    told = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), *how])
+    assert told.output.startswith("a b" + ours.decode(expected[:1])), told.output
+    document = np.append(ours.encode("b c a"), ours.vocabulary.eod)
+    made = model.objective.example([Document(document)], ours.vocabulary, 64, np.random.default_rng(0))
+    assert made.inputs.tolist() == [1, *document[:-1].tolist()]
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 3]) and config.get("pad_token_id") is None
+    assert "imported from" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):

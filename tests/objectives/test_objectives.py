@@ -1,5 +1,6 @@
 """Laws that hold for every registered objective, and the numbers that clm and mlm must reproduce."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -66,6 +67,14 @@ def test_the_same_key_gives_the_same_example_and_leaves_the_document_alone(name)
         assert all(np.array_equal(a, b) for a, b in zip(planes(again), planes(first), strict=True))
         assert all(np.array_equal(doc.tokens, tokens) for doc, tokens in zip(docs, before, strict=True))
         assert not any(np.shares_memory(part.inputs, doc.tokens) for part in parts(first) for doc in docs)
+
+
+@objectives
+def test_an_example_stands_between_cls_and_sep_where_it_says_so(name):
+    firsts = {(e.inputs[0] == VOCAB.cls) for _, _, e in itertools.islice(made(name), 300)}
+    assert create(name).framed in firsts and (create(name).framed or firsts == {False})
+    if name != "mixture":
+        assert firsts == {create(name).framed}
 
 
 @objectives

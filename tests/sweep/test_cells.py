@@ -268,7 +268,7 @@ def test_runs_that_began_with_weights_are_told_before_during_and_after():
     def history(scale):
         texts = {"validation": [8.0, 4.0], "validation of general": [2.0, 3.0]}
         told = [
-            {"step": 10 * i, "split": split, "loss": 0.0, "perplexity": scale * value}
+            {"step": 10 * i, "split": split, "loss": 0.0, "perplexity": scale * value, "tokens_scored": 7}
             for split, values in texts.items()
             for i, value in enumerate(values)
         ]
@@ -277,8 +277,8 @@ def test_runs_that_began_with_weights_are_told_before_during_and_after():
     replayed = report.Line({"replay": "with"}, [{"status": "finished"}] * 2, [history(1), history(1.5)])
     _, text = report.way([replayed])
     assert text.splitlines()[2:] == [
-        "| with | validation | perplexity (per token) | 10.00 ± 2.83 | 5.00 ± 1.41 |",
-        "| with | validation of general | perplexity (per token) | 2.50 ± 0.71 | 3.75 ± 1.06 |",
+        "| with | validation | 7 | perplexity (per token) | 10.00 ± 2.83 | 5.00 ± 1.41 |",
+        "| with | validation of general | 7 | perplexity (per token) | 2.50 ± 0.71 | 3.75 ± 1.06 |",
     ]
     anew = History(replayed.histories[0].train, replayed.histories[0].evaluations[1::2])
     assert not [*report.way([replayed._replace(histories=[anew, anew])])]
