@@ -192,8 +192,10 @@ class _Run:
         """The settings; returns what goes on with them, for as many steps again if all that were asked for are done."""
         import yaml
 
+        from ds_pretrain.training.checkpoint import read_manifest
+
         _whole(self.file, lambda path: path.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8"))
-        if "imported" in json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8")):
+        if "imported" in read_manifest(checkpoint):
             data, output = self.values["data"]["path"], self.values["output"]
             begins = [f"init={output}", f"data.path={data}", f"data.mix={{{data}: 1.0}}", f"data.tokenizer={data}/tokenizer"]
             return ["ds-pretrain", "train", "adapt", *begins]
