@@ -21,7 +21,7 @@ from rich.table import Table
 from ds_pretrain.config import ConfigError, RunConfig, configs, keys_of, load_run, objective_fields
 from ds_pretrain.console import Output, err, out
 from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
-from ds_pretrain.core.files import BusyError, whole
+from ds_pretrain.core.files import BusyError, held, whole
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.runs import data_of, load_model, make_trainer, open_run, refuse, tokenizer_size
 from ds_pretrain.sweep.commands import app as sweep
@@ -138,6 +138,7 @@ def train(
 def restart(
     code: Annotated[int, typer.Argument(help="What the job ended with.")],
     command: Annotated[list[str], typer.Argument(help="What it ran: train RUN [a.b=c ...], or sweep cell SPEC CELL.")],
+    signalled: Annotated[bool, typer.Option("--signalled", help="It was asked to stop before it failed.")] = False,
 ) -> None:
     """For batch scripts: end with 0 if a job that failed is worth another start, else say why not and end with 1."""
     import os
@@ -149,8 +150,9 @@ def restart(
     output, most = _output_of(words), os.environ.get("DS_PRETRAIN_RESTARTS", "10")
     if not most.isdigit():
         raise ValueError(f"DS_PRETRAIN_RESTARTS is {most!r}: give the number of failures that are got over")
-    if reason := why_not(output, code, int(most)):
-        if words[:2] == ["sweep", "cell"] and code != BUSY:
+    if reason := why_not(output, code, int(most), os.environ.get("SLURM_JOB_ID", ""), signalled):
+        known = (output / "cell.json").exists() or held(output / "lock")  # why it failed, or another that trains it
+        if words[:2] == ["sweep", "cell"] and not known:
             note(read_sweep(words[2]).find(words[3]), "failed", reason)
         err.print(f"{output} is not started again: {escape(reason)}", soft_wrap=True)
         raise typer.Exit(1)
@@ -471,7 +473,9 @@ def fit(
 
     if size not in laws.SIZES:
         raise ValueError(unknown("--size", size, laws.SIZES))
-    names = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    if wrong := [pair for pair in column or [] if "=" not in pair]:
+        raise ValueError(f"--column {wrong[0]}: write OURS=THEIRS, such as loss=val_loss")
+    names = dict(pair.split("=", 1) for pair in column or [])
     report = laws.fit(laws.read(table, names, size), budget or [], resamples, held_out=held_out)  # type: ignore[arg-type]
     for each in report.tables():
         out.print(each)

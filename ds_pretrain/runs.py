@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 PREFLIGHT = 2.0
 """Seconds for the links between nodes before a run; `doctor` takes more."""
+CHECKPOINT = 12
+"""Bytes of a parameter in a checkpoint: fp32 weight and two moments."""
 
 
 def make_trainer(config: RunConfig, dataset: Any) -> Any:
@@ -63,7 +66,10 @@ def preflight(output: str | None) -> None:
     for warning in found.warnings() if where.rank == 0 else ():
         log.warning(warning)
     if wrong := found.problems():
-        raise ConfigError("the nodes of this job", wrong)
+        told = ConfigError("the nodes of this job", wrong)
+        if found.cut or any(link.error for link in found.links):  # which another start may get over
+            raise ConnectionError(str(told))
+        raise told
 
 
 def open_run(run: str, overrides: Sequence[str] | Mapping[str, Any] | None) -> tuple[RunConfig, Any]:
@@ -84,6 +90,8 @@ def problems(config: RunConfig, world: int) -> list[str]:
     tokenizer = tokenizer_of(config)
     return [
         *config.check(world, len(tokenizer) if tokenizer else None),
+        *_impatient(config),
+        *(_crowded(config, len(tokenizer)) if tokenizer else ()),
         *(_strangers(config, tokenizer) if tokenizer else ()),
         *(
             f"{field} {folder} holds no prepared data: {_where(Path(folder))}"
@@ -91,6 +99,31 @@ def problems(config: RunConfig, world: int) -> list[str]:
             if not (Path(folder) / "train.idx").is_file()
         ),
     ]
+
+
+def _impatient(config: RunConfig) -> Iterator[str]:
+    """Where collectives would end before the watchdog can tell who hangs."""
+    from ds_pretrain.parallel.mesh import TIMEOUT
+
+    if config.train.watchdog_seconds >= TIMEOUT.total_seconds():
+        yield (
+            f"train.watchdog_seconds {config.train.watchdog_seconds:g} is not below the {TIMEOUT.total_seconds():g} after "
+            "which collectives end: lower it"
+        )
+
+
+def _crowded(config: RunConfig, vocab: int) -> Iterator[str]:
+    """Where the checkpoints that are kept, and the one that is written, do not fit the disk: weights and Adam's two moments."""
+    output, model = Path(config.output), config.model.model_copy(update={"vocab": config.model.vocab or vocab})
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    size = CHECKPOINT * model.model_copy(update={"positions": model.positions or config.batch.seq_len}).count_parameters()
+    there = len(list((output / "checkpoints").glob("step-*")))
+    need, free = size * max(1, config.train.keep + 1 - there), shutil.disk_usage(place).free
+    if need > free:
+        yield (
+            f"output {output} is on a disk with {free / 1e9:,.1f} GB free, checkpoints will take {need / 1e9:,.1f} GB more: "
+            "choose another, or lower train.keep"
+        )
 
 
 def _strangers(config: RunConfig, tokenizer: Any) -> Iterator[str]:

@@ -1,7 +1,8 @@
 # The life of a SLURM job, sourced by the batch scripts:  run_job PROGRAM ...  runs it on all tasks, then ends or requeues the job.
 #
 # Before its limit and before a pre-emption the batch shell gets USR1 and passes it on: the ranks save and end, the job goes back
-# into the queue. After a failure it does so if `ds_pretrain restart` says so. SIGTERM is scancel: never back from that.
+# into the queue. After a failure, of saving too, it does so if `ds_pretrain restart` says so. SIGTERM is scancel: never back from
+# that.
 arguments=("$@") # of the batch script
 
 run_job() {
@@ -21,7 +22,10 @@ run_job() {
   if [[ -n "$cancelled" ]]; then
     exit 143
   fi
-  if [[ -n "$again" ]] || { ((code)) && ${DS_PRETRAIN_EXEC:-} python -m ds_pretrain restart "$code" "${arguments[@]}"; }; then
+  if ((code)); then
+    ${DS_PRETRAIN_EXEC:-} python -m ds_pretrain restart ${again:+--signalled} "$code" "${arguments[@]}" && again=yes || again=""
+  fi
+  if [[ -n "$again" ]]; then
     [[ -n "$cancelled" ]] || scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"

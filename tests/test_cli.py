@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
-from ds_pretrain import cli
+from ds_pretrain import cli, runs
 from ds_pretrain.cli import app, main
+from ds_pretrain.config import load_run
 from ds_pretrain.core.files import BusyError
 from ds_pretrain.objectives import REGISTRY
 from ds_pretrain.training.checkpoint import Snapshot
@@ -350,6 +352,16 @@ def test_list_shows_one_section_alone(section, name):
 @pytest.mark.parametrize("kind, key", [("run", "optimizer.min_lr"), ("sweep", "budget.flops")])
 def test_list_says_what_the_keys_of_a_file_mean(kind, key):
     assert key in ok("list", kind)
+
+
+def test_a_disk_and_a_watchdog_that_would_end_a_run_are_told_before_it(run_file, monkeypatch):
+    room = SimpleNamespace(free=500_000)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: room)
+    crowded, impatient = runs.problems(load_run(str(run_file), {"train.watchdog_seconds": 4000, "output": "/new/one"}), 1)[::-1]
+    assert "is on a disk with 0.0 GB free, checkpoints will take" in crowded and "lower train.keep" in crowded
+    assert "train.watchdog_seconds 4000 is not below the 3600 after which" in impatient
+    room.free = 10**12
+    assert runs.problems(load_run(str(run_file)), 1) == []
 
 
 def test_an_output_that_another_job_trains_into_is_left_alone(run_file, tmp_path):

@@ -3,8 +3,8 @@
 torchrun, the deepspeed launcher, srun and mpirun each name rank and world size in their own way. The meeting point is
 MASTER_ADDR and MASTER_PORT where the launcher gives them; else under SLURM the job's first node and a port made of the job's
 number, and under MPI whatever rank 0 tells the others. The store that ranks meet in listens at that address alone, not on
-every interface of its host. DS_PRETRAIN_INTERFACE chooses the interface of all that follows; without it gloo takes the one that
-leads to the meeting point.
+every interface of its host, unless the host takes its own name for a loopback address. DS_PRETRAIN_INTERFACE chooses the
+interface of all that follows; without it gloo takes the one that leads to the meeting point.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LAUNCHERS = {
 srun, and mpirun starts its own processes by srun."""
 JOIN = timedelta(seconds=float(os.environ.get("DS_PRETRAIN_JOIN_SECONDS", 300)))
 """How long ranks wait for one another at the start."""
+ELSEWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737): the interface that would lead to it is the one that leads out."""
 PORTS = range(10_000, 30_000)
 """Below those that systems give out by themselves."""
 
@@ -137,14 +139,17 @@ def _store(where: Place, meeting: Meeting) -> dist.Store:
         raise ConnectionError(
             f"rank {where.rank} on {socket.gethostname()} waited {JOIN.total_seconds():.0f} s at "
             f"{meeting.host}:{meeting.port}, and {missing} ({str(error).splitlines()[0]}). Is every node up, does each reach "
-            f"{meeting.host}, is the port open between nodes, is DS_PRETRAIN_INTERFACE right?"
+            f"{meeting.host}, is the port open between nodes, is DS_PRETRAIN_INTERFACE right? A rank 0 that still "
+            "reads its data needs longer: DS_PRETRAIN_JOIN_SECONDS"
         ) from None
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address of this host alone."""
+    """A socket that listens at this address of this host alone; at all, where the name is local to its host."""
     try:
         family, _, _, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if _turned_in(host):
+            at = ("", port)
         return socket.create_server(at, family=family, backlog=4096)
     except OSError as error:
         raise ValueError(
@@ -168,8 +173,18 @@ def _choose_interface(host: str) -> None:
     """Let gloo and NCCL use the interface that was chosen; gloo else the one that leads to this host."""
     if asked := _asked():
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = asked
-    elif "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface_to(host)):
-        os.environ["GLOO_SOCKET_IFNAME"] = found  # else it takes what the host's own name resolves to: 127.0.1.1 on Debian
+    elif "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface_to(ELSEWHERE if _turned_in(host) else host)):
+        os.environ["GLOO_SOCKET_IFNAME"] = found  # else it takes what the host's own name resolves to
+
+
+def _turned_in(host: str) -> bool:
+    """Whether a host's name is an address that only itself has: 127.0.1.1 for its own on Debian."""
+    if host == "localhost" or host.replace(".", "").isdigit() or ":" in host:
+        return False
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
 
 
 def interface_to(host: str) -> str | None:

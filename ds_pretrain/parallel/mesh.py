@@ -24,7 +24,9 @@ from ds_pretrain.parallel.links import reach
 from ds_pretrain.parallel.plan import Coordinate, ParallelPlan
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(hours=1)
+"""Of every collective. Longer than the watchdog waits, which tells more: where it came first, the rank that hangs would be
+killed without its stack."""
 
 
 def start(where: Place | None = None) -> Place:

@@ -151,7 +151,7 @@ class PreTrainer:
         stop = StopRequest(self.output / "stop" if self.output and self.mesh.rank == 0 else None, self.max_minutes)
         watchdog = Watchdog(self.watchdog_seconds, self.mesh.rank, self.output / "stacks" if self.output else None)
         watch = Watch(self.objective.name, self.step, self.max_steps, self.progress)
-        with loader, stop, watchdog, watch:
+        with watchdog, loader, stop, watch:
             watch.say("\n".join(filter(None, [self._header(), self.changed])))
             for name, fit in self.dataset.packing().items() if watch.shown else ():
                 watch.say(f"{name}: {packed(fit)}")

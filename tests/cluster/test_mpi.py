@@ -52,6 +52,7 @@ def test_hosts_are_apart_and_reach_each_other(hosts):
 
 
 def test_nothing_is_left_of_hosts():
+    needed(missing())
     with Hosts("brief") as brief:
         brief.start("brief", ["sleep", "1000"])
         assert len(brief.left()) > 3

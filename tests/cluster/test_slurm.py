@@ -90,8 +90,9 @@ def test_the_limit_of_a_job_sends_it_back(cluster, run_file, tmp_path):
     assert job.ended() == "CANCELLED" and "SIGUSR1: stopped after step" in job.log()
 
 
-def test_a_job_that_is_signalled_saves_and_goes_on_with_the_same_losses(cluster, run_file, expected, tmp_path):
-    job = Job(cluster, run_file, tmp_path / "out", "train.save_every=0")
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_a_job_that_is_signalled_saves_and_goes_on_with_the_same_losses(cluster, run_file, expected, tmp_path, script):
+    job = Job(cluster, run_file, tmp_path / "out", "train.save_every=0", script=script)
     job.trains()
     cluster.client("scancel", "--batch", "--signal=USR1", str(job.number))
     job.comes_back()
@@ -162,7 +163,9 @@ def submitted(cluster, run_file, tmp_path_factory):
 def test_an_array_runs_each_cell_and_tells_which_failed(cluster, submitted):
     path, array = submitted
     assert sorted(cluster.ended(f"{array}_{task}", 400) for task in range(3)) == ["COMPLETED", "COMPLETED", "FAILED"]
-    assert [at.status for at in states(read(str(path))).values()] == ["finished", "finished", "failed"]
+    found = [*states(read(str(path))).values()]
+    assert [at.status for at in found] == ["finished", "finished", "failed"]
+    assert "diverged at step" in found[2].reason and "lower optimizer.lr" in found[2].reason
     again = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path])
     assert "nothing to submit" in again.stdout, again.stderr
 

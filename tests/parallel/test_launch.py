@@ -46,6 +46,20 @@ def test_jobs_next_to_each_other_have_other_ports():
     assert len({port_of(job) for job in range(1000, 1100)}) == 100 and port_of(10**9) in launch.PORTS
 
 
+def test_a_name_that_only_its_own_host_knows_is_no_place_to_meet(monkeypatch):
+    """Debian writes its own name as 127.0.1.1 into /etc/hosts: others would never get through."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 0, 0, "", ("127.0.1.1", 0))])
+    with launch._listen("node1", 0) as everywhere, launch._listen("127.0.1.1", 0) as here:
+        assert everywhere.getsockname()[0] == "0.0.0.0" and here.getsockname()[0] == "127.0.1.1"
+    monkeypatch.setattr(launch, "interface_to", lambda host: {launch.ELSEWHERE: "eth0"}.get(host, "lo"))
+    for host, interface in (("node1", "eth0"), ("localhost", "lo")):
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        launch._choose_interface(host)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
 def test_the_way_to_this_host_is_its_loopback():
     assert interface_to("127.0.0.1") == "lo" and interface_to("no.such.host.invalid") is None
 

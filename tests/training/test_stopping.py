@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ds_pretrain.core.exits import BUSY, HUNG
-from ds_pretrain.training import signals
+from ds_pretrain.training import restarts, signals
 from ds_pretrain.training.restarts import why_not
 from ds_pretrain.training.signals import InterruptedRun, StopRequest
 
@@ -54,19 +54,26 @@ def test_an_end_in_good_order_is_no_failure(reason, code):
     assert InterruptedRun(reason, "stopped").exit_code == code
 
 
-def test_what_is_worth_another_start(tmp_path):
-    def failed(step, code=1, most=50):
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "lr": 1}) + "\n")
-        return why_not(tmp_path, code, most)
+def test_what_is_worth_another_start(tmp_path, monkeypatch):
+    def failed(step, code=1, most=50, loss=1.0, **more):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "lr": 1, "loss": loss}) + "\n")
+        return why_not(tmp_path, code, most, **more)
 
     assert failed(10) == "" and failed(20) == ""
-    assert "2 times in a row after step 20" in failed(20)
+    assert "2 times in a row, now after step 20" in failed(20)
+    assert "2 times in a row, now after step 15" in failed(15)
     assert failed(30) == "" and "divergence" in failed(40, code=3)
-    assert "it has failed 6 times, 5 are got over" in failed(50, most=5)
+    assert "its loss is NaN after step 45: divergence" in failed(45, loss="NaN")
+    assert "it has failed 8 times, 7 are got over" in failed(50, most=7)
+    assert failed(51, most=6, job="7") == "", "of another job"
     assert "another job" in failed(50, code=BUSY)  # which keeps its own account
+    with monkeypatch.context() as busy:
+        busy.setattr(restarts, "held", lambda path: path == tmp_path / "lock")
+        assert "another job" in failed(50)  # whose code a launcher hid
     assert "before its first step" in why_not(tmp_path / "nothing", 1, 5)
+    assert why_not(tmp_path / "nothing", 1, 5, signalled=True) == ""
     (tmp_path / "stop").touch()
     assert "keeps it from training" in failed(60)
     assert [json.loads(line)["step"] for line in (tmp_path / "failures.jsonl").read_text().splitlines()] == [
-        10, 20, 20, 30, 40, 50, 60,
+        10, 20, 20, 15, 30, 40, 45, 50, 51, 60,
     ]  # fmt: skip
