@@ -76,7 +76,7 @@ class Mesh:
                 plan.pipeline,
                 context_parallel_size=plan.context,
                 create_gloo_process_groups=False,
-                distributed_timeout_minutes=10,
+                distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
             )
             _standing.append(mesh)
             _ends.extend(_groups_of_ends(mesh))
