@@ -151,7 +151,7 @@ def restart(
     if not most.isdigit():
         raise ValueError(f"DS_PRETRAIN_RESTARTS is {most!r}: give the number of failures that are got over")
     if reason := why_not(output, code, int(most), os.environ.get("SLURM_JOB_ID", ""), signalled):
-        known = (output / "cell.json").exists() or held(output / "lock")  # why it failed, or another that trains it
+        known = code == BUSY or (output / "cell.json").exists() or held(output / "lock")  # why it failed, or who trains it
         if words[:2] == ["sweep", "cell"] and not known:
             note(read_sweep(words[2]).find(words[3]), "failed", reason)
         err.print(f"{output} is not started again: {escape(reason)}", soft_wrap=True)

@@ -30,7 +30,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
 ) -> None:
     """Continue texts with the newest checkpoint of a causal run, or of a masked diffusion run."""
-    from ds_pretrain.evaluation.generate import Sampling, continue_all, unmask
+    from ds_pretrain.evaluation.generate import Sampling, continue_all, no_text, unmask
 
     model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
@@ -39,7 +39,7 @@ def generate(
     if model.objective.measure == "bound":
         found = [unmask(model, start, vocab.mask, vocab.specials, how) for start in starts]
     else:
-        steps = list(continue_all(model, [[vocab.begin, *ids] for ids in starts], vocab.eod, _never(model, vocab), how))
+        steps = list(continue_all(model, [[vocab.begin, *ids] for ids in starts], vocab.eod, no_text(model, vocab), how))
         found = [[token for step in steps if (token := step[i]) is not None] for i in range(len(starts))]
     for text, ids in zip(texts, found, strict=True) if model.mesh.rank == 0 else ():
         out.print(f"[bold]{escape(text)}[/bold]{escape(tokenizer.decode(ids))}", soft_wrap=True)
@@ -53,23 +53,18 @@ def fill(
 ) -> None:
     """Say what a masked model puts where a text has a mask, with probabilities."""
     from ds_pretrain.evaluation import fill as task
+    from ds_pretrain.evaluation.generate import no_text
 
     model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
     for each in text:
         ids = task.masked(each.split(MASK), tokenizer, model.objective.framed)
-        found = task.fill(model, ids, vocab.mask, _never(model, vocab), top)
+        found = task.fill(model, ids, vocab.mask, no_text(model, vocab), top)
         table = Table("mask", *(str(rank) for rank in range(1, top + 1)), title=escape(each), title_justify="left")
         for number, candidates in enumerate(found, start=1):
             table.add_row(str(number), *(f"{escape(tokenizer.token(token))} {p:.1%}" for token, p in candidates))
         if model.mesh.rank == 0:
             out.print(table)
-
-
-def _never(model: Any, vocab: Any) -> frozenset[int]:
-    """Ids that are no text: special tokens, and rows of the embedding that the tokenizer has no ids for."""
-    ids: frozenset[int] = vocab.specials | frozenset(range(vocab.size, model.build.model.vocab_size))
-    return ids
 
 
 @app.command()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_pretrain.core import rng
+from ds_pretrain.core.vocabulary import Vocabulary
 from ds_pretrain.training.inference import FrozenModel
 
 
@@ -32,6 +33,11 @@ class Sampling:
     """Keep this much probability."""
     seed: int = 0
     """Another seed, another text."""
+
+
+def no_text(model: FrozenModel, vocab: Vocabulary) -> frozenset[int]:
+    """Ids that are no text: special tokens, and rows of the embedding that the tokenizer has no ids for."""
+    return vocab.specials | frozenset(range(vocab.size, model.build.model.vocab_size))
 
 
 def generate(
