@@ -516,7 +516,8 @@ def _output_of(command: list[str]) -> Path:
     """Where a command that was given to a launcher trains."""
     match command:
         case ["train", run, *overrides]:
-            return Path(load_run(run, overrides).output)
+            if output := load_run(run, overrides).output:
+                return Path(output)
         case ["sweep", "cell", name, which]:
             return read_sweep(name).find(which).folder
     raise typer.Exit(1)

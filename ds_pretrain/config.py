@@ -141,8 +141,8 @@ class RunConfig(_Section):
     init: str | None = None
     """Begin with the weights of this output folder, of a run or of `ds-pretrain import`, and with the shape of its model where
     the run gives none; optimizer, data and steps begin anew."""
-    output: str = "runs/default"
-    """Folder of run.yaml, metrics.jsonl, checkpoints/ and plots/."""
+    output: str | None = "runs/default"
+    """Folder of run.yaml, metrics.jsonl, checkpoints/ and plots/; null writes nothing."""
     seed: int = Field(0, ge=0)
     """Of weights, order, masks and dropout."""
 

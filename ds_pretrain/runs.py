@@ -91,7 +91,7 @@ def problems(config: RunConfig, world: int) -> list[str]:
     return [
         *config.check(world, len(tokenizer) if tokenizer else None),
         *_impatient(config),
-        *(_crowded(config, len(tokenizer)) if tokenizer else ()),
+        *(_crowded(config, Path(config.output), len(tokenizer)) if tokenizer and config.output else ()),
         *(_strangers(config, tokenizer) if tokenizer else ()),
         *(
             f"{field} {folder} holds no prepared data: {_where(Path(folder))}"
@@ -112,9 +112,9 @@ def _impatient(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _crowded(config: RunConfig, vocab: int) -> Iterator[str]:
+def _crowded(config: RunConfig, output: Path, vocab: int) -> Iterator[str]:
     """Where the checkpoints that are kept, and the one that is written, do not fit the disk: weights and Adam's two moments."""
-    output, model = Path(config.output), config.model.model_copy(update={"vocab": config.model.vocab or vocab})
+    model = config.model.model_copy(update={"vocab": config.model.vocab or vocab})
     place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     size = CHECKPOINT * model.model_copy(update={"positions": model.positions or config.batch.seq_len}).count_parameters()
     there = len(list((output / "checkpoints").glob("step-*")))
