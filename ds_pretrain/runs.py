@@ -23,44 +23,54 @@ CHECKPOINT = 12
 
 def make_trainer(config: RunConfig, dataset: Any) -> Any:
     """The trainer that a run file describes, on nodes that are fit for it."""
+    from ds_pretrain.parallel.launch import place
     from ds_pretrain.training.trainer import PreTrainer
+    from ds_pretrain.training.watchdog import Watchdog
 
-    preflight(config.output)
     t = config.train
-    return PreTrainer(
-        model=config.model,
-        objective=dataset.objective,
-        dataset=dataset,
-        plan=config.parallel.plan(),
-        batch_size=config.batch.global_size,
-        micro_batch_size=config.batch.micro_size,
-        max_steps=t.max_steps,
-        optimizer=config.optimizer,
-        deepspeed=config.deepspeed_json(),
-        eval_every=t.eval_every,
-        eval_tokens=t.eval_tokens,
-        save_every=t.save_every,
-        keep=t.keep,
-        log_every=t.log_every,
-        check_every=t.check_every,
-        watchdog_seconds=t.watchdog_seconds,
-        max_minutes=t.max_minutes,
-        activation_checkpointing=t.activation_checkpointing,
-        compile=t.compile,
-        init=config.init,
-        output=config.output,
-        seed=config.seed,
-        facts=config.model_dump(mode="json"),
-    )
+    stacks = Path(config.output) / "stacks" if config.output else None
+    with Watchdog(t.watchdog_seconds, place().rank, stacks) as watchdog:  # the trainer has its own, for when it trains
+        preflight(config.output)
+        watchdog.beat("the examination of nodes")
+        return PreTrainer(
+            model=config.model,
+            objective=dataset.objective,
+            dataset=dataset,
+            plan=config.parallel.plan(),
+            batch_size=config.batch.global_size,
+            micro_batch_size=config.batch.micro_size,
+            max_steps=t.max_steps,
+            optimizer=config.optimizer,
+            deepspeed=config.deepspeed_json(),
+            eval_every=t.eval_every,
+            eval_tokens=t.eval_tokens,
+            save_every=t.save_every,
+            keep=t.keep,
+            log_every=t.log_every,
+            check_every=t.check_every,
+            watchdog_seconds=t.watchdog_seconds,
+            max_minutes=t.max_minutes,
+            activation_checkpointing=t.activation_checkpointing,
+            compile=t.compile,
+            init=config.init,
+            output=config.output,
+            seed=config.seed,
+            facts=config.model_dump(mode="json"),
+        )
 
 
 def preflight(output: str | None) -> None:
-    """Examine the nodes of a job on several, in a few seconds (collective). ValueError with what must be put right, by node."""
+    """Examine the nodes of a job on several GPUs or nodes, in a few seconds (collective).
+
+    ValueError with what must be put right, by node; ConnectionError where another start may get over it.
+    """
+    import torch
+
     from ds_pretrain.parallel import doctor
     from ds_pretrain.parallel.mesh import start
 
     where = start()
-    if not doctor.several_nodes():
+    if where.world == 1 or not (torch.cuda.is_available() or doctor.several_nodes()):
         return
     found = doctor.examine(Path(output) if output else None, PREFLIGHT)
     for warning in found.warnings() if where.rank == 0 else ():

@@ -1,16 +1,28 @@
-"""How a folder of sentence-transformers makes one vector of the states of a text."""
+"""How a folder of sentence-transformers makes one vector of a text."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Sentences(NamedTuple):
+    """tokens: how many of a text are read, special ones included; None: as many as the model has positions. unit: whether
+    vectors are scaled to length 1."""
+
+    tokens: int | None = None
+    unit: bool = False
+
+
+def sentences_of(folder: Path) -> Sentences:
+    """What a folder says; what stands for one that says nothing."""
+    return Sentences(read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), "Normalize" in _modules(folder))
 
 
 def pooling_of(folder: Path) -> str:
     """`cls` or `mean`, which is also what stands for a folder that does not say. ValueError for other ways and more layers."""
-    modules = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json", [])]
-    if strange := [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]:
+    if strange := [name for name in _modules(folder) if name not in ("Transformer", "Pooling", "Normalize")]:
         raise ValueError(f"{folder / 'modules.json'} has a {strange[0]} layer, which is not supported: choose a model without")
     path = folder / "1_Pooling" / "config.json"
     told = read_json(path, {"pooling_mode": "mean"})
@@ -21,6 +33,10 @@ def pooling_of(folder: Path) -> str:
     if len(found) != 1 or found[0] not in ("cls", "mean"):
         raise ValueError(f"{path} asks for {' and '.join(found) or 'no'} pooling: choose a model with cls or mean pooling")
     return found[0]
+
+
+def _modules(folder: Path) -> list[str]:
+    return [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json", [])]
 
 
 def read_json(path: Path, otherwise: Any) -> Any:

@@ -1,4 +1,8 @@
-"""So much of a corpus, or of one quality tier: the documents of lowest hash, so a smaller sample is a part of a larger one."""
+"""So much of a corpus, or of one quality tier: documents in the order of their hashes, whichever still fit.
+
+One long document at the end would make a small sample a sixth larger than another of its size. So it is passed over, and
+shorter ones behind it fill what is left. The price: a smaller sample is a part of a larger one but for those.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def check(tier: str, size: int) -> None:
 def sample(
     before: Folder, out: Path, workers: Workers, tier: str = "", size: int = 0, shares: Sequence[float] = (1.0, 0.0, 0.0)
 ) -> Folder:
-    """Documents of a tier ("": of all) with `size` bytes of text or as many more as the last one brings (0: all).
+    """Documents of a tier ("": of all) with `size` bytes of text, or as few less as whole documents allow (0: all).
 
     shares: of a split to come (`prepare`), whose train documents alone are counted and left out: what it will hold out stays
     whole, so that samples of one size train on as much. ValueError if there is less text.
@@ -46,7 +50,7 @@ def sample(
             for path in place.every("weighed"):
                 path.unlink()  # so that nothing is left to go on with
             raise ValueError(_too_little(before, tier, there, size))
-        work.write("draw", partial(_draw, work.folder, tier, tuple(shares), _last(weighed, size)))
+        work.write("draw", partial(_draw, work.folder, tier, tuple(shares), *_chosen(weighed, size)))
         return {}
 
     return step("sample", out, before, {"tier": tier, "bytes": size, "shares": list(shares)}, workers, do)
@@ -58,11 +62,19 @@ def _too_little(before: Folder, tier: str, there: int, size: int) -> str:
     return f"{before.path} has {there:,} bytes {what}to train on, {size:,} are asked for: {hint}"
 
 
-def _last(weighed: np.ndarray, size: int) -> int:
-    """The highest hash of the sample."""
-    ordered = np.sort(weighed, order="key")
-    enough = int(np.searchsorted(np.cumsum(ordered["bytes"]), size)) if size else len(ordered) - 1
-    return int(ordered["key"][enough])
+def _chosen(weighed: np.ndarray, size: int) -> tuple[int, frozenset[int]]:
+    """The hash below which every document is of the sample, and the hashes of those above it that fill it up."""
+    keys, copies = np.unique(weighed["key"], return_inverse=True)
+    sizes = np.bincount(copies, weights=weighed["bytes"]).astype(np.int64)  # exact copies come together
+    if not size:
+        return int(keys[-1]) + 1, frozenset()
+    whole = int(np.searchsorted(np.cumsum(sizes), size, "right"))
+    left, more = size - int(sizes[:whole].sum()), []
+    for key, needs in zip(keys[whole:].tolist(), sizes[whole:].tolist(), strict=True):
+        if needs <= left:
+            left -= needs
+            more.append(key)
+    return int(keys[whole]) if whole < len(keys) else int(keys[-1]) + 1, frozenset(more)
 
 
 def _trains(row: Row, tier: str, shares: Sequence[float]) -> bool:
@@ -74,12 +86,12 @@ def _weigh(place: Place, tier: str, shares: Sequence[float], part: Path) -> None
     runs.save(place.of("weighed", part), np.array(rows, dtype=WEIGHED))
 
 
-def _draw(folder: Path, tier: str, shares: Sequence[float], last: int, part: Path) -> None:
-    write_part(folder, number_of(part), (_drawn(row, tier, shares, last) for row in read_part(part)))
+def _draw(folder: Path, tier: str, shares: Sequence[float], below: int, more: frozenset[int], part: Path) -> None:
+    write_part(folder, number_of(part), (_drawn(row, tier, shares, below, more) for row in read_part(part)))
 
 
-def _drawn(row: Row, tier: str, shares: Sequence[float], last: int) -> Row | Dropped:
+def _drawn(row: Row, tier: str, shares: Sequence[float], below: int, more: frozenset[int]) -> Row | Dropped:
     if tier not in ("", row.tier):
         return Dropped(row, f"tier {row.tier or 'unlabelled'}")
-    enough = _trains(row, tier, shares) and rank(row.text) > last
-    return Dropped(row, "enough without it") if enough else row
+    fits = not _trains(row, tier, shares) or (key := rank(row.text)) < below or key in more
+    return row if fits else Dropped(row, "enough without it")

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from ds_pretrain.core import rng
-from ds_pretrain.core.pooling import pooling_of, read_json
+from ds_pretrain.core.pooling import pooling_of, sentences_of
 from ds_pretrain.curation import runs
 from ds_pretrain.curation.documents import Folder, Place, Work, batched, read_part, step
 from ds_pretrain.curation.duplicates import clusters, drop, gathered, rows_of
@@ -122,7 +122,7 @@ class Encoder:
             )
         model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
         positions, first = getattr(model.config, "max_position_embeddings", None), _first_position(model)
-        limits = (read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), tokenizer.model_max_length,
+        limits = (sentences_of(folder).tokens, tokenizer.model_max_length,
                   positions and positions - first)  # fmt: skip
         return Encoder(tokenizer, model, pooling_of(folder), min(limit for limit in limits if limit))
 

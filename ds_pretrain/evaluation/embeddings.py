@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_pretrain.core.pooling import Sentences
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.training.inference import FrozenModel
 
@@ -52,16 +53,19 @@ class Probe:
 
 
 def embedder(model: FrozenModel, tokenizer: TextTokenizer) -> Embed:
-    """Texts to embeddings, framed as the model has seen them and cut to its positions."""
+    """Texts to embeddings, framed as the model has seen them and cut to its positions; of a sentence encoder that came in as
+    its folder says."""
     vocab, objective = tokenizer.vocabulary, model.objective
-    room = (model.build.model.positions or 1 << 30) - 2
+    said = Sentences(**model.snapshot.manifest.get("imported", {}).get("sentences", {}))
+    room = min(model.build.model.positions or 1 << 30, said.tokens or 1 << 30) - 2
     first, last = ([vocab.cls], [vocab.sep]) if objective.framed else ([], [vocab.eod])
     if objective.kind == "causal":
         first, last = [vocab.begin], []
 
     def embed(texts: Sequence[str]) -> Tensor:
         found = [ids[:room].tolist() for ids in tokenizer.encode_batch(texts)]
-        return model.embed([[*first, *ids, *last] for ids in found])
+        vectors = model.embed([[*first, *ids, *last] for ids in found])
+        return F.normalize(vectors, dim=-1) if said.unit else vectors
 
     return embed
 

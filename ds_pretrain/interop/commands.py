@@ -14,7 +14,7 @@ import yaml
 from rich.table import Table
 
 from ds_pretrain.core.files import appearing, whole
-from ds_pretrain.core.pooling import pooling_of, read_json
+from ds_pretrain.core.pooling import Sentences, pooling_of, read_json
 from ds_pretrain.core.registry import unknown
 from ds_pretrain.core.vocabulary import BEGIN
 from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
@@ -129,15 +129,19 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
             "trained with; prepare the data with that one again, or name its folder in run.yaml as data.tokenizer"
         )
     with appearing(folder) as attempt:
-        extra = special_ids(tokenizer, snapshot.manifest.get("imported", {}).get("config", {})) if tokenizer else {}
+        imported = snapshot.manifest.get("imported", {})
+        generation = imported.get("generation", {})
+        extra = special_ids(tokenizer, {**imported.get("config", {}), **generation}) if tokenizer else {}
         sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
         for place in sides:
             if tokenizer:
                 save_tokenizer(tokenizer, objective, snapshot.manifest["model"]["positions"], attempt / place)
             if objective.kind == "causal":
-                (attempt / place / "generation_config.json").write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")
+                (attempt / place / "generation_config.json").write_text(
+                    json.dumps({**generation, **extra}, indent=2) + "\n", encoding="utf-8"
+                )
         if objective.kind == "full":
-            _sentence_model(attempt / next(iter(sides)), objective.pooling)
+            _sentence_model(attempt / next(iter(sides)), objective.pooling, Sentences(**imported.get("sentences", {})))
         (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
     return [folder / place for place in sides]
 
@@ -145,14 +149,18 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
 ]
 
 
-def _sentence_model(folder: Path, pooled: str) -> None:
+def _sentence_model(folder: Path, pooled: str, said: Sentences) -> None:
     """What sentence-transformers asks for, to embed a text as `ds-pretrain embed` does."""
     width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     modes = {"pooling_mode_cls_token": pooled == "cls", "pooling_mode_mean_tokens": pooled == "mean"}
     pooling = {"word_embedding_dimension": width, **modes}
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2), encoding="utf-8")
-    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2), encoding="utf-8")
+    if said.tokens:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": said.tokens}), encoding="utf-8")
+    modules = MODULES if said.unit else MODULES[:2]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2), encoding="utf-8")

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ds_pretrain.core.pooling import read_json, sentences_of
 from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.interop.folder import SHARD, Entry, Stored, canonical, some, write
 from ds_pretrain.interop.rules import FAMILIES, Family, Rule, Side, family_of
@@ -158,7 +159,9 @@ class Arrival:
         return final
 
     def _told(self) -> dict[str, Any]:
-        return {"config": dict(self.config), "fresh": list(self.fresh), "left_out": list(self.left_out)}
+        folder = next(iter(self.sources)).stored.folder
+        said = {"generation": read_json(folder / "generation_config.json", {}), "sentences": sentences_of(folder)._asdict()}
+        return {"config": dict(self.config), **said, "fresh": list(self.fresh), "left_out": list(self.left_out)}
 
 
 def _checked(

@@ -9,6 +9,7 @@ store that serves every rank in turn: for words, not for tensors.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import zlib
 from base64 import b85decode, b85encode
@@ -56,8 +57,12 @@ class Board:
 
     def meet(self) -> list[str]:
         """The host of every rank (collective). Ranks may come as late as to the job itself; from here on they have names."""
-        hosts = self.gather("its name", socket.gethostname, seconds=JOIN.total_seconds())
-        self.names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+        what, seconds = "its name", JOIN.total_seconds()
+        hosts = [answer and answer["value"] for answer in self._answers(what, socket.gethostname, range(self.world), seconds)]
+        self.names = [f"rank {rank} on {host}" if host else f"rank {rank}" for rank, host in enumerate(hosts)]
+        if silent := [rank for rank, host in enumerate(hosts) if not host]:
+            came = [name for rank, name in enumerate(self.names) if rank not in silent]
+            raise CutShortError([self._silent(silent, what, seconds), f"there came {few(came)}{_expected()}"])
         return hosts
 
     def gather(
@@ -70,14 +75,9 @@ class Board:
         """
         seconds = ANSWER if seconds is None else seconds
         among = range(self.world) if among is None else among
-        if self.rank in among:
-            self.store.set(f"{what}/{self.rank}", _answer(make))
-        if self.rank == 0:
-            self._publish(what, among, seconds)
-        answers = self._published(what, seconds)
-        if silent := [rank for rank, answer in zip(among, answers, strict=True) if answer is None]:
+        told = self._answers(what, make, among, seconds)
+        if silent := [rank for rank, answer in zip(among, told, strict=True) if answer is None]:
             raise CutShortError([self._silent(silent, what, seconds)])
-        told = [json.loads(answer) for answer in answers]
         failed: dict[str, list[str]] = {}
         for rank, answer in zip(among, told, strict=True):
             if "error" in answer:
@@ -93,6 +93,14 @@ class Board:
         """The word of a key, once it is there. RuntimeError if it does not come."""
         self.store.wait([key], timedelta(seconds=DONE / 2))
         return self.store.get(key).decode()
+
+    def _answers(self, what: str, make: Callable[[], Any], among: Sequence[int], seconds: float) -> list[Any]:
+        """What each rank of `among` said, a value or an error; None of a silent one."""
+        if self.rank in among:
+            self.store.set(f"{what}/{self.rank}", _answer(make))
+        if self.rank == 0:
+            self._publish(what, among, seconds)
+        return [answer and json.loads(answer) for answer in self._published(what, seconds)]
 
     def _publish(self, what: str, among: Sequence[int], seconds: float) -> None:
         keys = [f"{what}/{rank}" for rank in among]
@@ -117,6 +125,12 @@ class Board:
             f"no answer from {few([self.names[rank] for rank in ranks])} ({what}, within {seconds:g} s): ended, hanging or cut "
             "off; look at the logs and the nodes, or start the job without these nodes"
         )
+
+
+def _expected() -> str:
+    """The hosts of the job, where the scheduler tells them."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    return f", of a job on {nodes}" if nodes else ""
 
 
 def _answer(make: Callable[[], Any]) -> str:

@@ -132,14 +132,13 @@ def _store(where: Place, meeting: Meeting) -> dist.Store:
     own = None if where.rank else (meeting.socket or _listen(meeting.host, meeting.port)).detach()
     try:
         return dist.TCPStore(
-            meeting.host, meeting.port, where.world, is_master=own is not None, timeout=JOIN, master_listen_fd=own
-        )
+            meeting.host, meeting.port, where.world, own is not None, JOIN, wait_for_workers=False, master_listen_fd=own
+        )  # who does not come is told by name where they meet (`board`)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        missing = f"not all of {where.world} ranks came" if where.rank == 0 else "it did not answer"
         raise ConnectionError(
             f"rank {where.rank} on {socket.gethostname()} waited {JOIN.total_seconds():.0f} s at "
-            f"{meeting.host}:{meeting.port}, and {missing} ({str(error).splitlines()[0]}). Is every node up, does each reach "
-            f"{meeting.host}, is the port open between nodes, is DS_PRETRAIN_INTERFACE right? A rank 0 that still "
+            f"{meeting.host}:{meeting.port}, and it did not answer ({str(error).splitlines()[0]}). Is every node up, does each "
+            f"reach {meeting.host}, is the port open between nodes, is DS_PRETRAIN_INTERFACE right? A rank 0 that still "
             "reads its data needs longer: DS_PRETRAIN_JOIN_SECONDS"
         ) from None
 

@@ -90,10 +90,14 @@ def test_the_exported_model_says_what_ours_says(runs):
     ids = torch.from_numpy(tokenizer.encode("The import statement finds a module")).long()[None]
     with torch.no_grad():
         torch.testing.assert_close(model.logits(ids)[0], exported(ids).logits[0, -1], rtol=0, atol=1e-5)
+    said = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**said, "temperature": 0.6, "eos_token_id": [2, 1, 0]}))
     bring_in(folder, output.with_name("back"))
+    send_out(output.with_name("back"), output.with_name("again"))
+    again = json.loads((output.with_name("again") / "generation_config.json").read_text())
+    assert again["temperature"] == 0.6 and again["eos_token_id"] == [2, 1, 0]
     assert TextTokenizer.load(output.with_name("back") / "tokenizer").digest == tokenizer.digest
-    generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.vocabulary.eod
+    assert said["eos_token_id"] == tokenizer.vocabulary.eod
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm", "electra"])

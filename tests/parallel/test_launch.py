@@ -101,8 +101,10 @@ def test_what_keeps_ranks_apart_is_told():
         port = taken.getsockname()[1]
         first = started(0, 2, port)
         assert f"rank 0 on {socket.gethostname()} cannot listen at 127.0.0.1:{port}" in first.communicate(timeout=60)[0]
-    lonely, lost = started(0, 2, free_port()), started(1, 2, free_port())
+    lonely, lost = started(0, 2, free_port(), SLURM_JOB_NODELIST="cpu[1-2]"), started(1, 2, free_port())
     wrong = started(0, 2, free_port(), DS_PRETRAIN_INTERFACE="ib7")
-    assert "not all of 2 ranks came" in lonely.communicate(timeout=60)[0]
+    told = lonely.communicate(timeout=60)[0]
+    assert "no answer from rank 1 (its name, within 4 s)" in told
+    assert f"there came rank 0 on {socket.gethostname()}, of a job on cpu[1-2]" in told
     assert "waited 4 s at 127.0.0.1:" in lost.communicate(timeout=60)[0]
     assert "DS_PRETRAIN_INTERFACE is ib7, but" in wrong.communicate(timeout=60)[0]
