@@ -36,6 +36,23 @@ def test_a_rank_that_hangs_ends_with_its_stacks(tmp_path):
         assert "rank 3 on" in told and "since step 3" in told and "stuck_here" in told
 
 
+STARTING = """
+import sys, time
+from ds_pretrain import runs
+from ds_pretrain.training import watchdog
+watchdog.GRACE = 0.2
+runs.preflight = lambda output: time.sleep(60)
+runs.make_trainer(*runs.open_run(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_a_start_that_hangs_ends_too(tmp_path, data):
+    run = ["quickstart", f"data.path={data}", f"output={tmp_path}", "train.watchdog_seconds=0.5"]
+    ran = subprocess.run([sys.executable, "-c", STARTING, *run], capture_output=True, text=True, timeout=90)
+    assert ran.returncode == HUNG and "has not moved for 0.5 s since the start" in ran.stderr, ran.stderr
+    assert "rank 0 on" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
 def test_a_file_and_a_limit_stop_too(tmp_path):
     with StopRequest(tmp_path / "stop", minutes=0.002) as stop:
         assert stop.reason == 0
