@@ -143,7 +143,7 @@ def restart(
     """For batch scripts: end with 0 if a job that failed is worth another start, else say why not and end with 1."""
     import os
 
-    from ds_pretrain.sweep.cells import note
+    from ds_pretrain.sweep.cells import note, noted
     from ds_pretrain.training.restarts import why_not
 
     words = [word for word in command if not word.startswith("-")]
@@ -151,7 +151,8 @@ def restart(
     if not most.isdigit():
         raise ValueError(f"DS_PRETRAIN_RESTARTS is {most!r}: give the number of failures that are got over")
     if reason := why_not(output, code, int(most), os.environ.get("SLURM_JOB_ID", ""), signalled):
-        known = code == BUSY or (output / "cell.json").exists() or held(output / "lock")  # why it failed, or who trains it
+        told = noted(output).get("status", "stopped") != "stopped"  # why it failed
+        known = told or code == BUSY or held(output / "lock")  # who trains it
         if words[:2] == ["sweep", "cell"] and not known:
             note(read_sweep(words[2]).find(words[3]), "failed", reason)
         err.print(f"{output} is not started again: {escape(reason)}", soft_wrap=True)

@@ -23,13 +23,13 @@ CHECKPOINT = 12
 
 def make_trainer(config: RunConfig, dataset: Any) -> Any:
     """The trainer that a run file describes, on nodes that are fit for it."""
-    from ds_pretrain.parallel.launch import place
+    from ds_pretrain.parallel.mesh import start
     from ds_pretrain.training.trainer import PreTrainer
     from ds_pretrain.training.watchdog import Watchdog
 
-    t = config.train
+    t, rank = config.train, start().rank  # who meets whom has a limit of its own
     stacks = Path(config.output) / "stacks" if config.output else None
-    with Watchdog(t.watchdog_seconds, place().rank, stacks) as watchdog:  # the trainer has its own, for when it trains
+    with Watchdog(t.watchdog_seconds, rank, stacks) as watchdog:  # the trainer has its own, for when it trains
         preflight(config.output)
         watchdog.beat("the examination of nodes")
         return PreTrainer(
@@ -64,13 +64,11 @@ def preflight(output: str | None) -> None:
 
     ValueError with what must be put right, by node; ConnectionError where another start may get over it.
     """
-    import torch
-
     from ds_pretrain.parallel import doctor
     from ds_pretrain.parallel.mesh import start
 
     where = start()
-    if where.world == 1 or not (torch.cuda.is_available() or doctor.several_nodes()):
+    if where.world == 1 or not doctor.several():
         return
     found = doctor.examine(Path(output) if output else None, PREFLIGHT)
     for warning in found.warnings() if where.rank == 0 else ():

@@ -13,5 +13,5 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # The names of the variables that every rank gets, on whatever machine: those of the file, and what libraries are set up by.
 passed_on() {
   [[ -z "${DS_PRETRAIN_ENV:-}" ]] || sed -nE 's/^(export )?([A-Za-z_][A-Za-z0-9_]*)=.*/\2/p' "$DS_PRETRAIN_ENV"
-  compgen -e | grep -E '^(OMP_NUM_THREADS|PYTHON[A-Z]+|CUDA_DEVICE_MAX_CONNECTIONS|(TORCH_)?NCCL_.*|GLOO_.*|DS_(PRETRAIN|ACCELERATOR).*|HF_.*)$'
+  compgen -e | grep -E '^(OMP_NUM_THREADS|MASTER_(ADDR|PORT)|PYTHON[A-Z]+|CUDA_DEVICE_MAX_CONNECTIONS|(TORCH_)?NCCL_.*|GLOO_.*|DS_(PRETRAIN|ACCELERATOR).*|HF_.*)$'
 }

@@ -61,7 +61,7 @@ def test_points_are_kept_and_planned_from(config, points, tmp_path):
     assert again[2].expected_seconds(1.0) == points[2].expected_seconds(1.0) and again[2].sent == points[2].sent
     cluster = Cluster.of(points, {"link": 5e9})
     assert cluster.pace.link == 5e9 and cluster.pace.products == points[1].pace.products and cluster.device == "cpu"
-    assert list(cluster.errors) == ["DP2 on 2", "PP2 on 2"]
+    assert list(cluster.errors) == ["DP2 on 2 (weak)", "PP2 on 2 (weak)"]
     with pytest.raises(ValueError, match="nothing tells the speed of link and latency"):
         Cluster.of(points[:1], {})
     captions = [table.caption for table in tables(config, 4, 600, cluster) if table.caption]

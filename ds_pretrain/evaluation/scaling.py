@@ -292,11 +292,11 @@ class Alone(Form):
         ends = self.points.ends()
         moving, other = self.axes(ends)
         sets = _alike(other, 1.01)
-        best = max(np.unique(sets), key=lambda i: (len(np.unique(moving[sets == i])), other[sets == i].max()))
+        best = max(np.unique(sets), key=lambda i: (_distinct(moving[sets == i]), other[sets == i].max()))
         return replace(self, points=ends.where(sets == best))
 
     def check(self) -> None:
-        if (count := len(np.unique(self.axes(self.points)[0]))) < 3:
+        if (count := _distinct(self.axes(self.points)[0])) < 3:
             raise Unidentified(f"takes {self.needs}; at most {count} {'does' if count == 1 else 'do'}")
 
     def solve(self, weight: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
@@ -721,6 +721,11 @@ def _alike(values: np.ndarray, factor: float) -> np.ndarray:
             label, first = label + 1, values[i]
         labels[i] = label
     return labels
+
+
+def _distinct(values: np.ndarray) -> int:
+    """How many there are, those of one plan counted once: rows of one budget differ by their padding."""
+    return len(np.unique(_alike(values, 1.01)))
 
 
 def _line(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[float, float]:

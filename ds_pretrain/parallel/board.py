@@ -9,7 +9,6 @@ store that serves every rank in turn: for words, not for tensors.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import zlib
 from base64 import b85decode, b85encode
@@ -22,12 +21,12 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_pretrain.parallel.diagnosis import few
-from ds_pretrain.parallel.launch import JOIN
+from ds_pretrain.parallel.launch import JOIN, hosts_of, nodes_of
 
 DONE = 20.0
 """Seconds in which a rank must have done what it answers for."""
-ANSWER = 30.0
-"""Seconds after which a rank that has said nothing is silent."""
+LATE = 10.0
+"""Seconds more after which a rank that has said nothing is silent."""
 
 
 class CutShortError(ConnectionError):
@@ -58,11 +57,11 @@ class Board:
     def meet(self) -> list[str]:
         """The host of every rank (collective). Ranks may come as late as to the job itself; from here on they have names."""
         what, seconds = "its name", JOIN.total_seconds()
-        hosts = [answer and answer["value"] for answer in self._answers(what, socket.gethostname, range(self.world), seconds)]
+        answers = self._answers(what, socket.gethostname, range(self.world), seconds, DONE)
+        hosts = [answer and answer["value"] for answer in answers]
         self.names = [f"rank {rank} on {host}" if host else f"rank {rank}" for rank, host in enumerate(hosts)]
         if silent := [rank for rank, host in enumerate(hosts) if not host]:
-            came = [name for rank, name in enumerate(self.names) if rank not in silent]
-            raise CutShortError([self._silent(silent, what, seconds), f"there came {few(came)}{_expected()}"])
+            raise CutShortError([self._silent(silent, what, seconds), _absent(list(dict.fromkeys(filter(None, hosts))))])
         return hosts
 
     def gather(
@@ -70,14 +69,14 @@ class Board:
     ) -> list[Any]:
         """What `make` returns on each rank of `among` (all, if None; rank 0 is always of them), on every rank (collective).
 
-        what: said once on this board, in words for people. seconds: to wait for an answer, ANSWER if None. Values are what JSON
-        holds. CutShortError, on every rank alike, if a rank does not answer or its `make` raises or hangs.
+        what: said once on this board, in words for people. seconds: for `make`, DONE if None. Values are what JSON holds.
+        CutShortError, on every rank alike, if a rank does not answer or its `make` raises or hangs.
         """
-        seconds = ANSWER if seconds is None else seconds
+        seconds = DONE if seconds is None else seconds
         among = range(self.world) if among is None else among
-        told = self._answers(what, make, among, seconds)
+        told = self._answers(what, make, among, seconds + LATE, seconds)
         if silent := [rank for rank, answer in zip(among, told, strict=True) if answer is None]:
-            raise CutShortError([self._silent(silent, what, seconds)])
+            raise CutShortError([self._silent(silent, what, seconds + LATE)])
         failed: dict[str, list[str]] = {}
         for rank, answer in zip(among, told, strict=True):
             if "error" in answer:
@@ -94,10 +93,10 @@ class Board:
         self.store.wait([key], timedelta(seconds=DONE / 2))
         return self.store.get(key).decode()
 
-    def _answers(self, what: str, make: Callable[[], Any], among: Sequence[int], seconds: float) -> list[Any]:
-        """What each rank of `among` said, a value or an error; None of a silent one."""
+    def _answers(self, what: str, make: Callable[[], Any], among: Sequence[int], seconds: float, done: float) -> list[Any]:
+        """What each rank of `among` said within so many seconds, a value or an error; None of a silent one."""
         if self.rank in among:
-            self.store.set(f"{what}/{self.rank}", _answer(make))
+            self.store.set(f"{what}/{self.rank}", _answer(make, done))
         if self.rank == 0:
             self._publish(what, among, seconds)
         return [answer and json.loads(answer) for answer in self._published(what, seconds)]
@@ -127,13 +126,14 @@ class Board:
         )
 
 
-def _expected() -> str:
-    """The hosts of the job, where the scheduler tells them."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    return f", of a job on {nodes}" if nodes else ""
+def _absent(came: Sequence[str]) -> str:
+    """Hosts without a rank, where the scheduler tells them, else those that have one."""
+    short = {host.partition(".")[0] for host in came}
+    missing = [host for host in hosts_of(nodes_of() or ",".join(came)) if host.partition(".")[0] not in short]
+    return f"no rank came from {few(missing)}" if missing else f"ranks came from {few(came)}"
 
 
-def _answer(make: Callable[[], Any]) -> str:
+def _answer(make: Callable[[], Any], done: float) -> str:
     """A rank that fails or hangs must still say so: the others wait."""
     said: list[str] = []
 
@@ -145,5 +145,5 @@ def _answer(make: Callable[[], Any]) -> str:
 
     thread = Thread(target=work, daemon=True, name="examination")
     thread.start()
-    thread.join(DONE)
-    return said[0] if said else json.dumps({"error": f"hangs, it is not done after {DONE:g} s"})
+    thread.join(done)
+    return said[0] if said else json.dumps({"error": f"hangs, it is not done after {done:g} s"})

@@ -68,10 +68,10 @@ def examine(output: Path | None, seconds: float) -> Findings:
     return found
 
 
-def several_nodes() -> bool:
-    """Whether the ranks of this job are on more than one host (collective, by the store alone)."""
+def several() -> bool:
+    """Whether this job is on several hosts or GPUs (collective, by the store alone; the same on every rank)."""
     with _board() as board:
-        return len({*board.meet()}) > 1
+        return len({*board.meet()}) > 1 or any(board.gather("its devices", torch.cuda.device_count))
 
 
 def _board() -> Board:

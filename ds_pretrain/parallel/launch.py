@@ -9,6 +9,7 @@ interface of all that follows; without it gloo takes the one that leads to the m
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -89,11 +90,11 @@ def join(where: Place) -> dist.Store:
 
 def _meeting(where: Place, environ: Mapping[str, str] = os.environ) -> Meeting:
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    nodes = nodes_of(environ)
     if not (host and port) and "OMPI_COMM_WORLD_SIZE" in environ:
         return _told_by_mpi(where)
     if nodes:
-        host, port = host or first_host(nodes), port or str(port_of(int(environ["SLURM_JOB_ID"])))
+        host, port = host or hosts_of(nodes)[0], port or str(port_of(int(environ["SLURM_JOB_ID"])))
     if not host or not port:
         raise ValueError(
             f"rank {where.rank} of {where.world} is not told where to meet the others: set MASTER_ADDR and MASTER_PORT, or "
@@ -102,12 +103,26 @@ def _meeting(where: Place, environ: Mapping[str, str] = os.environ) -> Meeting:
     return Meeting(host, int(port))
 
 
-def first_host(nodes: str) -> str:
-    """The first name of a SLURM list of nodes, such as gpu[003-010,12],cpu1."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+def nodes_of(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The hosts of this job as SLURM writes them."""
+    return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+
+
+def hosts_of(nodes: str) -> list[str]:
+    """The names of a SLURM list of nodes, such as gpu[003-010,12],cpu1."""
+    found = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if not found:
         raise ValueError(f"{nodes!r} is no list of nodes")
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
+    parts = [[_range(part) for part in re.findall(r"\[[^\]]*\]|[^\[]+", each)] for each in found]
+    return ["".join(name) for each in parts for name in itertools.product(*each)]
+
+
+def _range(part: str) -> list[str]:
+    """What a part of a name stands for: [003-010,12], or itself."""
+    if not part.startswith("["):
+        return [part]
+    ends = [each.split("-") for each in part[1:-1].split(",")]
+    return [f"{number:0{len(low)}}" for low, *high in ends for number in range(int(low), int((high or [low])[0]) + 1)]
 
 
 def port_of(job: int) -> int:

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_pretrain.parallel.board import Board, CutShortError
+from ds_pretrain.parallel.board import DONE, Board, CutShortError
 from ds_pretrain.parallel.diagnosis import Link, few
 from ds_pretrain.parallel.launch import Place, address_of
 
 LIMIT = 10.0
 """Seconds after which a message is lost."""
+NCCL = 60.0
+"""The same for NCCL, whose first message waits for its set-up."""
 REACH = 5.0
 """Seconds after which a node is out of reach."""
 SMALL, LARGE = 1 << 16, 1 << 26
@@ -72,12 +74,17 @@ def tournament(board: Board, leaders: Sequence[int], device: torch.device, secon
             link = None if peer is None else _link(board.rank, peer, device, share)
             return link, time.monotonic() - began > seconds
 
-        told = board.gather(f"links between nodes, round {number}", play, leaders)
+        told = board.gather(f"links between nodes, round {number}", play, leaders, _patience(device))
         found += [Link(*link) for link, _ in told if link]
         late = told[0][1]  # rank 0's watch
         if (late and number >= ROUNDS) or any(link.error for link in found):
             break
     return found
+
+
+def _patience(device: torch.device) -> float:
+    """Seconds for what is measured; NCCL first builds what it sends by, the longer the more ranks there are."""
+    return 2 * NCCL if device.type == "cuda" else DONE
 
 
 def _link(rank: int, peer: int, device: torch.device, share: float) -> Link:
@@ -140,10 +147,10 @@ def _finish(work: dist.Work | None, x: Tensor) -> None:
     if not x.is_cuda:
         work.wait(timedelta(seconds=LIMIT))
         return
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + NCCL
     while not work.is_completed():
         if time.monotonic() > end:
-            raise TimeoutError(f"NCCL has not moved {x.numel() * x.element_size():,} bytes in {LIMIT:g} s")
+            raise TimeoutError(f"NCCL has not moved {x.numel() * x.element_size():,} bytes in {NCCL:g} s")
 
 
 def all_reduce_rate(board: Board, device: torch.device, seconds: float) -> float:
@@ -152,7 +159,8 @@ def all_reduce_rate(board: Board, device: torch.device, seconds: float) -> float
 
     def measure() -> float:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(timeout=timedelta(seconds=LIMIT), backend=backend)  # the default one would wait for minutes
+        patience = timedelta(seconds=_patience(device) / 2)  # the default group would wait for minutes
+        group = dist.new_group(timeout=patience, backend=backend)
         size, took = SMALL, min(_all_reduce(group, SMALL, device) for _ in range(2))
         while took < seconds / 2 and size < LARGE:
             size = grown(size, took, seconds)
@@ -160,7 +168,7 @@ def all_reduce_rate(board: Board, device: torch.device, seconds: float) -> float
         dist.destroy_process_group(group)
         return 2 * (board.world - 1) / board.world * size / took
 
-    return float(min(board.gather("all-reduce over all ranks", measure)))
+    return float(min(board.gather("all-reduce over all ranks", measure, seconds=_patience(device))))
 
 
 def _all_reduce(group: dist.ProcessGroup, size: int, device: torch.device) -> float:

@@ -35,7 +35,7 @@ def start(where: Place | None = None) -> Place:
         return Place(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
     where = where or place()
     if torch.cuda.is_available():
-        torch.cuda.set_device(where.local_rank)
+        torch.cuda.set_device(device(where.local_rank))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = join(where)
     reach(store, where)
@@ -46,8 +46,8 @@ def start(where: Place | None = None) -> Place:
 
 
 def device(local_rank: int) -> torch.device:
-    """What a rank computes on."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """What a rank computes on: of the GPUs that it is shown the one of its number, of one alone that."""
+    return torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass(frozen=True)

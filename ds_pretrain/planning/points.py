@@ -71,8 +71,14 @@ def _least(point: Point) -> tuple[int, int]:
 
 
 def save(points: Sequence[Point], path: Path) -> list[Point]:
-    """Write points, in place of those of the same kind, world and layout that the file has; returns all that it has then."""
-    kept = {(point.kind, point.layout, point.world): point for point in [*(read(path) if path.exists() else []), *points]}
+    """Write points, in place of those of the same kind, world and layout that the file has; returns all that it has then.
+
+    ValueError if the file has points of another model: predictions are held against the smallest of all.
+    """
+    there = read(path) if path.exists() else []
+    if there and there[0].model != points[0].model:
+        raise ValueError(f"{path} has points of another model: give --out another file")
+    kept = {(point.kind, point.layout, point.world): point for point in [*there, *points]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(json.dumps([_as_json(point) for point in kept.values()], indent=1).encode())
@@ -109,8 +115,8 @@ def _of_json(values: dict[str, Any], where: str) -> Point:
 class Cluster:
     """Ranks by what is known of them.
 
-    share: of the products' speed that a step reaches. errors: how far the predictions of measured points are off, by layout;
-    empty where nothing was measured.
+    share: of the products' speed that a step reaches. errors: how far the predictions of measured points are off, by layout
+    and kind of scaling; empty where nothing was measured.
     """
 
     pace: Pace
@@ -135,8 +141,8 @@ class Cluster:
         share = calibrated(points)
         first = min(points, key=_least)
         errors = {
-            f"{point.layout} on {point.world}": point.expected_seconds(share) / point.seconds - 1
+            f"{point.layout} on {point.world} ({point.kind})": point.expected_seconds(share) / point.seconds - 1
             for point in points
-            if point is not first
+            if point is not first and point.world > 1
         }
         return Cluster(Pace(**known), points[0].device, share, errors)

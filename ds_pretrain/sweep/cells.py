@@ -1,9 +1,9 @@
 """Running the cells of a sweep: here, so many at a time, or each as a task of a SLURM array.
 
 What a cell's folder holds says how far it is, so there is no list of cells to keep or to lose: a lock held by who trains it,
-the run's own metrics and checkpoints, and at its end `cell.json`. A cell that has finished is never run again, one that was
-stopped goes on from its checkpoint, one that failed waits until it is asked for. Each cell is a process of its own, which lives
-on when the sweep is killed. The price: the imports of each, a few seconds.
+the run's own metrics and checkpoints, and `cell.json`, its settings and its end. A cell that has finished is never run again,
+one that was stopped goes on from its checkpoint, one that failed waits until it is asked for. Each cell is a process of its
+own, which lives on when the sweep is killed. The price: the imports of each, a few seconds.
 """
 
 from __future__ import annotations
@@ -53,20 +53,26 @@ def state(cell: Cell) -> State:
     step, loss = line.get("step", 0), float(line["loss"]) if "loss" in line else None  # NaN is written as text
     if held(cell.folder / "lock"):
         return State("running", step, loss, "")
-    if ended:
+    if ended.get("status", "stopped") != "stopped":
         return State(ended["status"], step, loss, ended["reason"])
     return State("stopped" if step else "waiting", step, loss, "")
 
 
 def _ended(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / "cell.json"
-    ended: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ended = noted(cell.folder)
     if ended and (changed := differing(ended["settings"], _settings(cell))):
         raise ValueError(
             f"{cell.folder} was run with other settings ({changed}): name what varies in the grid, choose another output, or "
             "remove it"
         )
     return ended
+
+
+def noted(folder: Path) -> dict[str, Any]:
+    """What is known of a cell that was begun: its settings and how it ended (stopped, as long as it has not)."""
+    path = folder / "cell.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def train(cell: Cell) -> str:
     try:
         trainer = make_trainer(*open_run(cell.run, cell.overrides))
         if first:
-            (cell.folder / "cell.json").unlink(missing_ok=True)
+            note(cell, "stopped")
         trainer.train()
     except (InterruptedRun, BusyError):
         raise
@@ -158,8 +164,7 @@ def _start(spec: str, cell: Cell, slot: int, at_once: int) -> subprocess.Popen[b
     command = ["-m", "ds_pretrain", "sweep", "cell", spec, cell.name]
     if cell.ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.ranks}", *command]
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "cell.json").unlink(missing_ok=True)
+    note(cell, "stopped")
     with (cell.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *command],
@@ -186,7 +191,7 @@ def _share(ranks: int, slot: int, at_once: int) -> dict[str, str]:
 
 def _settle(cell: Cell, code: int) -> None:
     """Note the end of a process that could not do so itself."""
-    if code and code not in STOPPED and not (cell.folder / "cell.json").exists() and not held(cell.folder / "lock"):
+    if code and code not in STOPPED and noted(cell.folder)["status"] == "stopped" and not held(cell.folder / "lock"):
         how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
         note(cell, "failed", f"{how} after step {state(cell).step}: {_last_words(cell)}")
 

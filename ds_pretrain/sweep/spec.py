@@ -6,8 +6,10 @@ has. Everything that is wrong with any cell is told before the first one starts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,19 +23,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ds_pretrain.config import ConfigError, RunConfig, find, load_run, numbers
 from ds_pretrain.core.registry import unknown
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.planning.speed import step_flops
 from ds_pretrain.runs import problems, tokenizer_size
 from ds_pretrain.sweep.scores import Asked
 
 Settings = dict[str, Any]
 LONGEST = 120
 """Characters of a cell's name."""
+KINDS = ("tokens", "tokens_per_parameter", "flops", "model_flops")
+"""Ways to say how long a cell trains."""
 NAMED = 4
 """Cells that are named with what is wrong with them."""
 
 
 class Budget(BaseModel):
-    """How long the cells train: one of tokens, tokens_per_parameter and flops, each value a cell of its own. A token is a
-    position of a row; parameters are counted without embeddings, as in scaling laws; FLOPs are 6 x parameters x tokens."""
+    """How long the cells train: one of tokens, tokens_per_parameter, flops and model_flops, each value a cell of its own. A
+    token is a position of a row; parameters are counted without embeddings, as in scaling laws."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,22 +48,29 @@ class Budget(BaseModel):
     tokens_per_parameter: list[float] = []
     """Tokens of a cell for each of its parameters (Chinchilla: 20)."""
     flops: list[float] = []
-    """An iso-FLOP ladder: every size at each of these budgets."""
+    """An iso-FLOP ladder by the rule of thumb, 6 x parameters x tokens: every size at each of these budgets."""
+    model_flops: list[float] = []
+    """The same by what a step computes, with attention, scored positions and a generator: objectives differ in these."""
     warmup: float | None = Field(None, ge=0, lt=1)
     """Share of a cell's steps in which the learning rate warms up; None: the run's optimizer.warmup_steps."""
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
-        if sum(map(bool, (self.tokens, self.tokens_per_parameter, self.flops))) != 1:
-            raise ValueError("give one of tokens, tokens_per_parameter and flops")
+        if sum(bool(getattr(self, kind)) for kind in KINDS) != 1:
+            raise ValueError(f"give one of {', '.join(KINDS)}")
         if wrong := [length for length in self.lengths() if not length.value > 0]:
             raise ValueError(f"{wrong[0].kind} {wrong[0].value:g} is not above 0")
         return self
 
     def lengths(self) -> list[Length]:
         """What each combination of the grid is trained for."""
-        kinds = ("tokens", "tokens_per_parameter", "flops")
-        return [Length(kind, value, self.warmup) for kind in kinds for value in getattr(self, kind)]
+        return [Length(kind, value, self.warmup) for kind in KINDS for value in getattr(self, kind)]
+
+    @property
+    def fixes(self) -> dict[str, str]:
+        """Fields that follow from it, and why."""
+        told = {"train.max_steps": "it follows from the budget"}
+        return told if self.warmup is None else {**told, "optimizer.warmup_steps": "it follows from budget.warmup"}
 
 
 class Length(NamedTuple):
@@ -69,9 +82,13 @@ class Length(NamedTuple):
 
     def steps(self, config: RunConfig) -> int:
         """Steps of a run, to the nearest."""
-        size = parameters(config)
-        tokens = {"tokens": self.value, "tokens_per_parameter": self.value * size, "flops": self.value / (6 * size)}[self.kind]
-        return round(tokens / (config.batch.global_size * config.batch.seq_len))
+        model, rows = whole_model(config), config.batch.global_size * config.batch.seq_len
+        size = model.count_parameters(embeddings=False)
+        of_step = {
+            "tokens": rows, "tokens_per_parameter": rows / size, "flops": 6 * size * rows,
+            "model_flops": step_flops(config, model) if self.kind == "model_flops" else math.nan,
+        }  # fmt: skip
+        return round(self.value / of_step[self.kind])
 
     def settings(self, config: RunConfig) -> Settings:
         steps = max(1, self.steps(config))
@@ -147,10 +164,27 @@ class Spec(BaseModel):
             for problem in [*cell.problems(), *self._unscorable(cell)]:
                 wrong[problem].append(cell.name)
         found = [f"{_some(names, len(self.cells))}: {problem}" for problem, names in wrong.items()]
+        found += self._ignored()
+        if same := self._alike():
+            found.append(f"{' and '.join(same[:2])} are the same run: let them differ in a field, or leave one out")
         if twice := [name for name, count in _counted(cell.name for cell in self.cells) if count > 1]:
             found.append(f"{twice[0]}: {len(twice)} cells are there more than once: a value is repeated")
         if found:
             raise ConfigError(where or self.output, found)
+
+    def _ignored(self) -> Iterator[str]:
+        """Fields that the grid varies in vain."""
+        fixed = {"output": "every cell has a folder of its own", **(self.budget.fixes if self.budget else {})}
+        varied = {key for axis, values in self.grid.items() for _, each in _choices(axis, values) for key in each}
+        return (f"grid.{key}: {why}, so it varies nothing; leave it out" for key, why in fixed.items() if key in varied)
+
+    def _alike(self) -> list[str]:
+        """The cells of the first run that is there under several names."""
+        runs: dict[str, list[str]] = defaultdict(list)
+        for cell in self.cells:
+            with contextlib.suppress(ValueError):  # told among the cell's own problems
+                runs[cell.config.model_copy(update={"output": None}).model_dump_json()].append(cell.name)
+        return next((names for names in runs.values() if len(set(names)) > 1), [])
 
     def _unscorable(self, cell: Cell) -> list[str]:
         try:
@@ -219,8 +253,13 @@ class Cell:
 
 def parameters(config: RunConfig) -> int:
     """N: parameters without embeddings."""
-    size = config.model.vocab or tokenizer_size(config) or 8
-    return config.model.model_copy(update={"vocab": size}).count_parameters(embeddings=False)
+    return whole_model(config).count_parameters(embeddings=False)
+
+
+def whole_model(config: RunConfig) -> ModelConfig:
+    """The model of a run with the vocabulary and the positions that it will have."""
+    vocab = config.model.vocab or tokenizer_size(config) or 8
+    return config.model.model_copy(update={"vocab": vocab, "positions": config.model.positions or config.batch.seq_len})
 
 
 def read(name: str) -> Spec:

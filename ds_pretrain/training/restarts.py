@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +30,36 @@ def why_not(output: Path, code: int, most: int, job: str = "", signalled: bool =
     """Why this run should not start again; nothing if it should. Notes the failure.
 
     code: what the job ended with. most: failures of this `job` that are got over; starts after a limit or a pre-emption are
-    none. signalled: it was asked to stop before it failed, so that a failure before its first step says nothing.
+    none. signalled: it was asked to stop before it failed, which says nothing of the steps that it did not get to.
     """
     if code == BUSY or held(output / "lock"):
         return "another job trains into it"
     steps, earlier = _lines(output / "metrics.jsonl"), _lines(output / "failures.jsonl")
-    at = max((int(line["step"]) for line in steps), default=0)
+    at = max([0, *(int(line["step"]) for line in steps), *_saved(output / "checkpoints")])
     if output.is_dir():
-        told = {"time": time.strftime("%F %T"), "job": job, "code": code, "step": at}
+        told = {"time": time.strftime("%F %T"), "job": job, "code": code, "step": at, "signalled": signalled}
         with (output / "failures.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")
     if code in LASTING:
         return f"exit code {code} is {LASTING[code]}"
     if steps and not math.isfinite(float(steps[-1].get("loss", 0))):
         return f"its loss is {steps[-1]['loss']} after step {at}: {LASTING[DIVERGED]}"
-    if not at and not signalled:
+    if not (at or signalled):
         return "it failed before its first step: see its log"
     if (output / "stop").exists():
         return f"{output / 'stop'} keeps it from training"
     mine = sum(line.get("job", "") == job for line in earlier)
     if mine >= most:
         return f"it has failed {mine + 1} times, {most} are got over (DS_PRETRAIN_RESTARTS)"
-    if len(earlier) >= REPEATS - 1 and all(at <= int(line["step"]) for line in earlier[1 - REPEATS :]):
+    last = [int(line["step"]) for line in earlier if not line.get("signalled")][1 - REPEATS :]
+    if not signalled and len(last) == REPEATS - 1 and at <= min(last):
         return f"it failed {REPEATS} times in a row, now after step {at}: read the log of the last start before another"
     return ""
+
+
+def _saved(checkpoints: Path) -> Iterator[int]:
+    """Steps of whole checkpoints: of a run that logs seldom they tell more."""
+    return (int(found[1]) for path in checkpoints.glob("step-*") if (found := re.fullmatch(r"step-(\d+)", path.name)))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

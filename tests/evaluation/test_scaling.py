@@ -198,6 +198,13 @@ def test_planted_laws_of_one_quantity_come_back_from_the_runs_that_vary_it_alone
     )
 
 
+def test_seeds_of_one_budget_are_no_counts_of_tokens():
+    """Their rows are padded differently."""
+    n, d = np.repeat(np.geomspace(1e7, 1e9, 4), 3), np.tile(1e9 * np.array([0.998, 1.0, 1.003]), 4)
+    with pytest.raises(Unidentified, match="takes 3 token counts at the same size; at most 1 does"):
+        OfTokens(points(n, d, lambda n, d: 3 + (1e9 - d) / 1e9)).taken().check()
+
+
 def test_the_envelope_of_curves_has_the_planted_exponent():
     n, d, run = curves()
     form = Envelope(points(n, d, run=run))

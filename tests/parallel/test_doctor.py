@@ -217,9 +217,9 @@ def knocked(name, shut):
     return ""
 
 
-def gathered(seconds, done, answer):
+def gathered(seconds, done, late):
     """What a rank is told whose partner takes so long to answer."""
-    board.DONE, board.ANSWER = done, answer
+    board.DONE, board.LATE = done, late
     with doctor._board() as own:
         own.meet()
         try:
@@ -244,7 +244,7 @@ def examined(folder):
     socket.gethostname = lambda: f"node{second:d}"
     told = {"connections": [knocked("shut", True), knocked("open", False)]}
     start()
-    told["nodes"] = doctor.several_nodes()
+    told["nodes"] = doctor.several()
     doctor.SEEN = 1.0
 
     def case(name, seconds=0.0, output=folder / "new" / "out", **patches):
@@ -270,8 +270,8 @@ def examined(folder):
     case("late", time=late)
     case("failing", _facts=denied)
     told["left"] = left(1.5 * second)
-    told["hanging"] = gathered(3.0 * second, done=1.0, answer=30.0)
-    told["silent"] = gathered(6.0 * second, done=30.0, answer=2.0)
+    told["hanging"] = gathered(3.0 * second, done=1.0, late=30.0)
+    told["silent"] = gathered(6.0 * second, done=30.0 if second else 1.0, late=1.0)
     return told
 
 
@@ -323,7 +323,7 @@ def test_alone_there_is_a_disk_and_a_device_to_look_at(tmp_path):
     start()
     found = doctor.examine(tmp_path / "out", 1.0)
     assert found.problems() == [] and not found.links and found.reduced == 0 and found.folders[0].rate > 0
-    assert not doctor.several_nodes() and not (tmp_path / "out").exists() and len(found.tables()) == 2
+    assert not doctor.several() and not (tmp_path / "out").exists() and len(found.tables()) == 2
     (tmp_path / "file").touch()
     [problem] = doctor.examine(tmp_path / "file" / "out", 0.0).problems()
     assert problem.startswith(f"output {tmp_path}/file/out cannot be written on ") and "Not a directory" in problem

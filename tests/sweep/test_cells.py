@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -195,6 +196,8 @@ def test_a_stopped_cell_goes_on_and_a_killed_one_is_told(run_file, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert cells.state(stopped).status == "stopped" and "killed by signal 9 after step" in cells.state(killed).reason
+    with pytest.raises(ValueError, match=r"run with other settings \(optimizer.lr: None -> 0.5\)"):
+        cells.state(replace(stopped, settings={**stopped.settings, "optimizer.lr": 0.5}))
     assert said("run", path, "--again")[0] == 0
     assert set(statuses(path).values()) == {"finished"}
     for cell in (stopped, killed):

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from ds_pretrain.config import ConfigError, configs
-from ds_pretrain.sweep.spec import parameters, read
+from ds_pretrain.planning.speed import step_flops
+from ds_pretrain.sweep.spec import parameters, read, whole_model
 
 RUN = {
     "model": {"layers": 2, "hidden": 32, "heads": 4},
@@ -75,12 +76,20 @@ def test_an_isoflop_ladder_gives_every_size_the_same_compute(write):
         assert cell.config.optimizer.warmup_steps == round(0.1 * cell.config.train.max_steps)
 
 
+def test_a_ladder_of_model_flops_gives_every_objective_the_same_compute(write):
+    spec = write(grid={"objective.name": ["clm", "mlm", "electra"]}, budget={"model_flops": [4e9]})
+    runs = {cell.config.objective["name"]: cell.config for cell in spec.cells}
+    spent = {name: step_flops(run, whole_model(run)) for name, run in runs.items()}
+    steps = {name: run.train.max_steps for name, run in runs.items()}
+    assert steps["mlm"] > steps["clm"] and all(spent[name] * steps[name] == pytest.approx(4e9, rel=0.1) for name in spent)
+
+
 @pytest.mark.parametrize("values, told", [
     ({"grid": {}}, "the grid is empty: give at least one field and its values"),
     ({"grid": {"seed": []}}, "seed has no values"),
     ({"gird": {"seed": [0]}}, "unknown key 'gird': did you mean 'grid'"),
     ({"grid": {"seed": [0]}, "budget": {"token": [1e6]}}, "unknown key in budget 'token': did you mean 'tokens'"),
-    ({"grid": {"seed": [0]}, "budget": {"tokens": [1e6], "flops": [1e9]}}, "give one of tokens, tokens_per_parameter and"),
+    ({"grid": {"seed": [0]}, "budget": {"tokens": [1e6], "flops": [1e9]}}, "give one of tokens, tokens_per_parameter, flops"),
     ({"grid": {"seed": [0]}, "budget": {"tokens": [-5]}}, "tokens -5 is not above 0"),
     ({"grid": {"seed": [0]}, "ranks": 0}, "ranks: Input should be greater than or equal to 1"),
 ])  # fmt: skip
@@ -100,6 +109,9 @@ def test_a_file_that_makes_no_sense_is_refused_with_the_place(write, values, tol
     ({"grid": {"seed": [0]}, "ranks": 3}, "batch.global_size 8 is not divisible by 3 data ranks"),
     ({"grid": {"size": SIZES}, "budget": {"flops": [1e6]}}, "is less than half a step of 512 tokens"),
     ({"grid": {"data.path": ["nowhere"]}}, "data.path nowhere holds no prepared data"),
+    ({"grid": {"output": ["a", "b"]}}, "grid.output: every cell has a folder of its own, so it varies nothing"),
+    ({"grid": {"train.max_steps": [9, 20]}, "budget": {"tokens": [1e6]}}, "grid.train.max_steps: it follows from the budget"),
+    ({"grid": {"a": {"one": {"seed": 3}, "two": {"seed": 3}}}}, "a=one and a=two are the same run"),
     ({"grid": {"seed": [0]}, "run": "quickstrat"}, "did you mean 'quickstart'"),
 ])  # fmt: skip
 def test_a_cell_that_cannot_run_is_named_before_any_runs(write, values, told):

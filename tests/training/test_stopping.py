@@ -71,6 +71,16 @@ def test_an_end_in_good_order_is_no_failure(reason, code):
     assert InterruptedRun(reason, "stopped").exit_code == code
 
 
+def test_saved_steps_and_signals_count_for_another_start(tmp_path):
+    assert "before its first step" in why_not(tmp_path, 1, 50)
+    (tmp_path / "checkpoints" / "step-50").mkdir(parents=True)  # of a run that logs every 100 steps
+    (tmp_path / "checkpoints" / "step-90.tmp").mkdir()
+    assert why_not(tmp_path, 1, 50) == ""
+    assert [why_not(tmp_path, 1, 50, signalled=True) for _ in range(2)] == ["", ""]
+    assert "2 times in a row, now after step 50" in why_not(tmp_path, 1, 50)
+    assert "it has failed 6 times" in why_not(tmp_path, 1, 4, signalled=True)
+
+
 def test_what_is_worth_another_start(tmp_path, monkeypatch):
     def failed(step, code=1, most=50, loss=1.0, **more):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "lr": 1, "loss": loss}) + "\n")
