@@ -9,6 +9,7 @@ Shape suffixes: B rows, S positions, H hidden, N heads, G key heads, D head size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -199,17 +200,28 @@ def _attention(w: Weights, m: ModelConfig, name: str, x: Tensor, mask: Tensor, p
     q = qkv[..., :per_group, :].flatten(2, 3)
     k, v = (qkv[..., per_group + i, :].repeat_interleave(per_group, 2) for i in range(2))
     if m.position == "rope":
-        q, k = _rotate(q, position, m.rope_base), _rotate(k, position, m.rope_base)
+        q, k = _rotate(q, position, m), _rotate(k, position, m)
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / m.head_dim**0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)  # padding rows see nothing
     return _linear(w, f"{name}.self_attention.linear_proj", torch.einsum("bnqk,bknd->bqnd", weights, v).flatten(2))
 
 
-def _rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+def _rotate(x: Tensor, position: Tensor, m: ModelConfig) -> Tensor:
     half = x.shape[-1] // 2
-    angle = position[:, :, None, None] * base ** (-torch.arange(half) / half)
+    frequency = [m.rope_base ** (-i / half) / _slower(m, m.rope_base ** (-i / half)) for i in range(half)]
+    angle = position[:, :, None, None] * torch.tensor(frequency)
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)
+
+
+def _slower(m: ModelConfig, frequency: float) -> float:
+    """How much slower a frequency turns; llama3 blends from the whole factor to none by how often it comes round."""
+    s = m.rope_scaling
+    if s is None or s.kind == "linear":
+        return s.factor if s else 1.0
+    turns = s.trained * frequency / (2 * math.pi)
+    share = min(1.0, max(0.0, (turns - s.low) / (s.high - s.low)))
+    return 1 / ((1 - share) / s.factor + share)
 
 
 def _ffn(w: Weights, m: ModelConfig, name: str, x: Tensor) -> Tensor:

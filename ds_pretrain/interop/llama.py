@@ -43,13 +43,33 @@ def _model(c: Fields) -> ModelConfig:
     require(c, hidden_act="silu", mlp_bias=found["bias"], pretraining_tp=1, partial_rotary_factor=1.0)
     if c.get("head_dim") is not None:
         require(c, head_dim=found["hidden"] // found["heads"])
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rotary positions of type {scaling!r} are not ours: only 'default', on whole heads ({rope})")
-    base = rope.get("rope_theta", c.get("rope_theta", 10000.0))
-    return ModelConfig.model_validate(
-        {**found, "norm": "rmsnorm", "activation": "swiglu", "position": "rope", "rope_base": base}
-    )
+    rotary = {"rope_base": rope.get("rope_theta", c.get("rope_theta", 10000.0)), "rope_scaling": _scaling(c, rope)}
+    return ModelConfig.model_validate({**found, **rotary, "norm": "rmsnorm", "activation": "swiglu", "position": "rope"})
+
+
+SCALING = {
+    "factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor", "trained": "original_max_position_embeddings"
+}  # fmt: skip
+"""Our fields of a scaling, and the library's; a linear one has the first alone."""
+
+
+def _scaling(c: Fields, rope: Fields) -> Fields | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"rotary positions of type {kind!r} are not ours: only default, linear and llama3, on whole heads ({dict(rope)})"
+        )
+    if kind == "default":
+        return None
+    told = {**c, **rope}
+    return {"kind": kind, **{ours: told[theirs] for ours, theirs in SCALING.items() if kind == "llama3" or ours == "factor"}}
+
+
+def _rope(m: ModelConfig) -> Fields:
+    if (scaling := m.rope_scaling) is None:
+        return {"rope_type": "default", "rope_theta": m.rope_base}
+    kept = {theirs: getattr(scaling, ours) for ours, theirs in SCALING.items() if scaling.kind == "llama3" or ours == "factor"}
+    return {"rope_type": scaling.kind, "rope_theta": m.rope_base, **kept}
 
 
 def _fields(m: ModelConfig) -> Fields:
@@ -59,7 +79,8 @@ def _fields(m: ModelConfig) -> Fields:
         "hidden_act": "silu",
         "mlp_bias": m.bias,
         "rope_theta": m.rope_base,  # where transformers before 5 looks
-        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_base},
+        "rope_parameters": _rope(m),
+        **({"rope_scaling": _rope(m)} if m.rope_scaling else {}),
     }
 
 

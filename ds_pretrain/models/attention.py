@@ -13,6 +13,7 @@ mask. Shape suffixes: B rows, S positions, N query heads here, G key heads here,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_pretrain.core.attention import AttentionPattern, Kind, Span
+from ds_pretrain.models.config import RopeScaling
 
 
 class Documents(NamedTuple):
@@ -75,29 +77,47 @@ class _Memory(NamedTuple):
 _LAST: _Memory | None = None
 
 
-def lower(segment: Tensor, horizon: Tensor, position: Tensor, kind: Kind, head_dim: int, base: float | None) -> Lowered:
+def lower(
+    segment: Tensor,
+    horizon: Tensor,
+    position: Tensor,
+    kind: Kind,
+    head_dim: int,
+    base: float | None,
+    scaling: RopeScaling | None = None,
+) -> Lowered:
     """The lowered pattern of a micro-batch; `base` is the rotary base, None without rotary positions.
 
     The last one is remembered, by the identity of its planes, which the layers of a stage hand on unchanged. Only the
     last: whatever is remembered keeps its planes and rotary tables alive.
     """
     global _LAST
-    planes, shape = (segment, horizon, position), (kind, head_dim, base)
+    planes, shape = (segment, horizon, position), (kind, head_dim, base, scaling)
     if _LAST is None or shape != _LAST.shape or any(a is not b for a, b in zip(planes, _LAST.planes, strict=True)):
         pattern = AttentionPattern(segment, horizon, kind)
         cuda = segment.is_cuda
-        rotary = None if base is None else rotary_table(position, head_dim, base)
+        rotary = None if base is None else rotary_table(position, head_dim, base, scaling)
         block_mask = _block_mask(pattern) if cuda else None
         _LAST = _Memory(planes, shape, Lowered(pattern, None if cuda else Documents.of(pattern), rotary, block_mask))
     return _LAST.lowered
 
 
-def rotary_table(position: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_table(position: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (Su et al. 2021, in LLaMA's half-split order), fp32 [S, B, 1, D]."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = position.t()[:, :, None, None].float() * frequency
+    exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
+    frequency = 1.0 / base**exponent  # to the last bit as others have it: far out that shows
+    angle = position.t()[:, :, None, None].float() * (slowed(frequency, scaling) if scaling else frequency)
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
+
+
+def slowed(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies (radians a position) that reach further; llama3: as LLaMA 3.1's published code has it."""
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.trained * frequency / (2 * math.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,6 +10,29 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ds_pretrain.parallel.plan import ParallelPlan
 
 
+class RopeScaling(BaseModel):
+    """How rotary positions reach further than they were trained to, by slower turns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["linear", "llama3"]
+    """Of all alike (Chen et al. 2023), or of those alone that do not come round within `trained` positions (LLaMA 3.1)."""
+    factor: float = Field(gt=0)
+    """How much slower; how much further they reach."""
+    low: float = Field(1.0, gt=0)
+    """llama3: what turns less often than this in `trained` positions is slowed by the whole factor."""
+    high: float = Field(4.0, gt=0)
+    """llama3: what turns more often than this is not slowed; between the two it goes gradually."""
+    trained: int = Field(8192, ge=1)
+    """llama3: positions of the rows before."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        return self
+
+
 class ModelConfig(BaseModel):
     """A transformer. `preset` names a known model whose values the other fields override."""
 
@@ -43,6 +66,8 @@ class ModelConfig(BaseModel):
     """How positions enter."""
     rope_base: float = Field(10000.0, gt=0)
     """Base wavelength of rotary positions."""
+    rope_scaling: RopeScaling | None = None
+    """How they reach further: {kind: linear, factor: 2}, or LLaMA 3.1's {kind: llama3, factor: 8}. None: they do not."""
     bias: bool = True
     """Biases in the linear layers."""
     token_types: int = Field(0, ge=0)

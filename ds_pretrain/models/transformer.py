@@ -208,12 +208,12 @@ class Block(TransformerLayer):
         super().__init__(build.megatron, _spec(m, *sums), layer_number=index + 1)
         self.logical = name
         self.kind, self.recompute, self.own_states = build.kind, build.recompute, build.own_states
-        self.head_dim, self.rope_base = m.head_dim, m.rope_base if m.position == "rope" else None
+        self.rotary = (m.head_dim, m.rope_base if m.position == "rope" else None, m.rope_scaling)
         self.output_norm = Norm(build.megatron, m.hidden, m.norm_eps) if m.norm_position == "post" else None
 
     def forward(self, x: tuple[Tensor, ...]) -> Stream:
         stream = Stream(*x)
-        pattern = lower(stream.segment, stream.horizon, stream.position, self.kind, self.head_dim, self.rope_base)
+        pattern = lower(stream.segment, stream.horizon, stream.position, self.kind, *self.rotary)
 
         noise = self.own_states(stream.noise)
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 FILE_BYTES = 1 << 29
 """Tensors of one file, about: bounds the memory that serialising takes."""
-MEANING = ("heads", "groups", "norm", "norm_position", "norm_eps", "activation", "position", "rope_base")
+MEANING = ("heads", "groups", "norm", "norm_position", "norm_eps", "activation", "position", "rope_base", "rope_scaling")
 """Fields of a model that change what its weights mean, though not always their shapes."""
 HEADS = ("head.classifiers.", "head.dense", "head.output_bias.", "generator.")
 """Where the names of parameters begin that belong to an objective rather than to the model."""

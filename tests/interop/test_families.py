@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.interop.rules import FAMILIES
 from ds_pretrain.interop.transfer import Arrival
+from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.runs import load_model
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
 
@@ -115,6 +117,44 @@ def test_the_rotary_base_is_found_where_any_version_keeps_it(tmp_path):
         assert Arrival.of(tmp_path / "in").model.rope_base == base
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.5},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    ],
+)  # fmt: skip
+def test_rotary_positions_of_every_kind_give_their_logits_far_out_and_go_out_as_they_came(scaling, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, rope_parameters={**scaling, "rope_theta": 5e5},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    ids = torch.randint(0, 101, (1, 3000), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    found = load_model(str(tmp_path / "run")).logits_at(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    send_out(tmp_path / "run", tmp_path / "out")
+    left = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert left.rope_parameters == model.config.rope_parameters
+    fields = json.loads((tmp_path / "in" / "config.json").read_text())
+    scaled = fields.pop("rope_parameters")
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**fields, "rope_theta": 5e5, "rope_scaling": scaled}))
+    assert Arrival.of(tmp_path / "in").model.rope_scaling == ModelConfig(**_model_of(tmp_path / "run")).rope_scaling
+
+
+def _model_of(output):
+    return Snapshot(output / "checkpoints" / "step-0").manifest["model"]
+
+
 def test_a_head_may_be_missing_or_too_many_and_either_is_told(tmp_path):
     theirs.save(BERT_PAIR, tmp_path / "in")
     masked = Arrival.of(tmp_path / "in", objective="mlm")
@@ -146,8 +186,8 @@ def test_a_head_may_be_missing_or_too_many_and_either_is_told(tmp_path):
             "transformer.h.0.mlp.c_fc.weight is (48, 192) in model.safetensors, by config.json it should be (48, 100)",
         ),
         ("gpt2", {"n_layer": 3}, "is no GPT2LMHeadModel: missing transformer.h.2.attn"),
-        ("llama grouped", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' are not ours"),
-        ("llama grouped", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "type 'linear' are not ours"),
+        ("llama grouped", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
+        ("llama grouped", {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "type 'yarn' are not ours"),
         ("llama grouped", {"attention_bias": True}, "mlp_bias = False (only True)"),
         ("llama grouped", {"head_dim": 16}, "head_dim = 16 (only 12)"),
         ("bert", {"is_decoder": True}, "is_decoder = True (only False)"),
