@@ -265,7 +265,9 @@ def bring(
 def export(
     output: Output,
     folder: Annotated[Path, typer.Option("--folder", "-o", help="The folder to make; it must be empty or not there.")],
-    dtype: Annotated[str, typer.Option(help="Precision of the file: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as it came in if it was not trained, else float32.")
+    ] = None,
     step: Annotated[
         str | None, typer.Option(help="A checkpoint by name, such as step-1000; else the newest sound one.")
     ] = None,

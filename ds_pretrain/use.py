@@ -30,7 +30,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
 ) -> None:
     """Continue texts with the newest checkpoint of a causal run, or of a masked diffusion run."""
-    from ds_pretrain.evaluation.generate import Sampling, continue_all, no_text, unmask
+    from ds_pretrain.evaluation.generate import Sampling, continue_all, ends_of, no_text, unmask
 
     model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
@@ -39,10 +39,12 @@ def generate(
     if model.objective.measure == "bound":
         found = [unmask(model, start, vocab.mask, vocab.specials, how) for start in starts]
     else:
-        steps = list(continue_all(model, [[vocab.begin, *ids] for ids in starts], vocab.eod, no_text(model, vocab), how))
+        beginnings = [[vocab.begin, *ids] for ids in starts]
+        steps = list(continue_all(model, beginnings, ends_of(model, vocab), no_text(model, vocab), how))
         found = [[token for step in steps if (token := step[i]) is not None] for i in range(len(starts))]
-    for text, ids in zip(texts, found, strict=True) if model.mesh.rank == 0 else ():
-        out.print(f"[bold]{escape(text)}[/bold]{escape(tokenizer.decode(ids))}", soft_wrap=True)
+    for text, start, ids in zip(texts, starts, found, strict=True) if model.mesh.rank == 0 else ():
+        written = tokenizer.decode([*start, *ids])[len(tokenizer.decode(start)) :]  # alone it would lack its first space
+        out.print(f"[bold]{escape(text)}[/bold]{escape(written)}", soft_wrap=True)
 
 
 @app.command()

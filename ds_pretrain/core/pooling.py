@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class Sentences(NamedTuple):
-    """tokens: how many of a text are read, special ones included; None: as many as the model has positions. unit: whether
-    vectors are scaled to length 1."""
+    """pooling: `cls` or `mean`; None: it is no folder of sentence-transformers. tokens: how many of a text are read, special
+    ones included; None: as many as the model has positions. unit: whether vectors are scaled to length 1."""
 
+    pooling: str | None = None
     tokens: int | None = None
     unit: bool = False
 
 
 def sentences_of(folder: Path) -> Sentences:
-    """What a folder says; what stands for one that says nothing."""
-    return Sentences(read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"), "Normalize" in _modules(folder))
+    """What a folder says. ValueError as `pooling_of`."""
+    limit = read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    names = _modules(folder)
+    return Sentences(pooling_of(folder) if names else None, limit, "Normalize" in names)
+
+
+def pooling_in(manifest: Mapping[str, Any], trained: str) -> str:
+    """How the states of a checkpoint become one vector: as its folder said that came in, until it is `trained` here."""
+    said: str | None = manifest.get("origin", {}).get("sentences", {}).get("pooling")
+    return said if said and "imported" in manifest else trained
 
 
 def pooling_of(folder: Path) -> str:

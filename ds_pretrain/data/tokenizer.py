@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from ds_pretrain.core.files import whole
 from ds_pretrain.core.registry import unknown
-from ds_pretrain.core.vocabulary import SENTINELS, Codec, Vocabulary
+from ds_pretrain.core.vocabulary import BEGIN, SENTINELS, Codec, Vocabulary
 from ds_pretrain.data import corpus
 
 Kind = Literal["bpe", "wordpiece", "unigram", "sp_bpe"]
@@ -182,11 +183,18 @@ class TextTokenizer:
         return cls("tokenizer.model", _train_model(texts, vocab_size, kind), {n: i for i, n in enumerate(RESERVED)})
 
     @classmethod
-    def load(cls, path: str | Path, extend: bool = False, stand_in: bool = False) -> TextTokenizer:
+    def load(
+        cls,
+        path: str | Path,
+        extend: bool = False,
+        stand_in: bool = False,
+        known: Mapping[str, str | int] = MappingProxyType({}),
+    ) -> TextTokenizer:
         """Load a folder that `save` wrote, or a tokenizer.json or tokenizer.model from elsewhere (or its folder).
 
         extend: append the reserved tokens that a tokenizer from elsewhere lacks, after its own ids. stand_in: let <eod> stand
-        for the required ones that it lacks, which serves causal models, whose embeddings then stay as they are.
+        for the required ones that it lacks, which serves causal models, whose embeddings then stay as they are. known: tokens
+        by our names, as it spells or numbers its special ones, where that is known; others go by what they are mostly called.
         """
         path = Path(path)
         files = [path] if path.is_file() else [path / name for name in ENGINES if (path / name).is_file()]
@@ -198,7 +206,7 @@ class TextTokenizer:
         file, saved = _kind_of(source), source.with_name("specials.json")
         if saved.is_file():
             return cls._verified(file, model, saved)
-        return cls(file, model, _find_specials(engine, source, extend, stand_in))
+        return cls(file, model, _find_specials(engine, source, extend, stand_in, known))
 
     @classmethod
     def _verified(cls, file: str, model: bytes, saved: Path) -> TextTokenizer:
@@ -325,9 +333,13 @@ def _opened(path: Path) -> tuple[bytes, Engine]:
         raise ValueError(f"{path} is not a readable {_kind_of(path)}: {error}") from None
 
 
-def _find_specials(engine: Engine, path: Path, extend: bool, stand_in: bool) -> dict[str, int]:
-    specials: dict[str, int] = {}
-    for name in RESERVED:
+def _find_specials(engine: Engine, path: Path, extend: bool, stand_in: bool, known: Mapping[str, str | int]) -> dict[str, int]:
+    there = frozenset(engine.specials().values())
+    told = {name: engine.find(token) if isinstance(token, str) else token for name, token in known.items()}
+    specials = {name: token for name, token in told.items() if token in there}
+    if specials.get(BEGIN) == specials.get("<eod>"):
+        specials.pop(BEGIN, None)  # it needs no name of its own
+    for name in (each for each in RESERVED if each not in specials):
         found = (engine.find(spelling) for spelling in (name, *ALIASES.get(name, ())))
         if (token := next((i for i in found if i is not None), None)) is not None:
             specials[name] = token

@@ -56,7 +56,7 @@ def embedder(model: FrozenModel, tokenizer: TextTokenizer) -> Embed:
     """Texts to embeddings, framed as the model has seen them and cut to its positions; of a sentence encoder that came in as
     its folder says."""
     vocab, objective = tokenizer.vocabulary, model.objective
-    said = Sentences(**model.snapshot.manifest.get("imported", {}).get("sentences", {}))
+    said = Sentences(**model.origin.get("sentences", {}))
     room = min(model.build.model.positions or 1 << 30, said.tokens or 1 << 30) - 2
     first, last = ([vocab.cls], [vocab.sep]) if objective.framed else ([], [vocab.eod])
     if objective.kind == "causal":

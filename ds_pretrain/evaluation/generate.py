@@ -40,11 +40,17 @@ def no_text(model: FrozenModel, vocab: Vocabulary) -> frozenset[int]:
     return vocab.specials | frozenset(range(vocab.size, model.build.model.vocab_size))
 
 
+def ends_of(model: FrozenModel, vocab: Vocabulary) -> frozenset[int]:
+    """Ids that end a text: <eod>, and what else a model that came in ends one with."""
+    said = model.origin.get("generation", {}).get("eos_token_id")
+    return frozenset(said) if isinstance(said, list) and vocab.eod in said else frozenset({vocab.eod})
+
+
 def generate(
-    model: FrozenModel, prompt: Sequence[int], eod: int, banned: frozenset[int], how: Sampling = Sampling()
+    model: FrozenModel, beginning: Sequence[int], ends: frozenset[int], banned: frozenset[int], how: Sampling = Sampling()
 ) -> Iterator[int]:
-    """The new ids of a document that begins with `prompt`, until the model ends it; see `continue_all`."""
-    for (token,) in continue_all(model, [[eod, *prompt]], eod, banned, how):
+    """The new ids of one text; see `continue_all`."""
+    for (token,) in continue_all(model, [beginning], ends, banned, how):
         if token is None:
             return
         yield token
@@ -53,24 +59,24 @@ def generate(
 def continue_all(
     model: FrozenModel,
     beginnings: Sequence[Sequence[int]],
-    eod: int,
+    ends: frozenset[int],
     banned: frozenset[int],
     how: Sampling = Sampling(),
     cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """The next id of each text, so often as is asked for: None where the model has ended the document.
 
-    beginnings: ids to go on from; those of a whole document begin with `eod`, as in training. banned: ids that are never
-    produced (specials other than `eod`). What is drawn for a text depends on the seed and its number, not on the others.
-    Texts are read once, with keys and values kept (cache), until one of them is longer than the model's positions: from there
-    on its window slides, and is read anew for each token.
+    beginnings: ids to go on from; those of a whole document begin with `begin`, as in training. ends: ids that end a text.
+    banned: ids that are never produced (other specials). What is drawn for a text depends on the seed and its number, not on
+    the others. Texts are read once, with keys and values kept (cache), until one of them is longer than the model's positions:
+    from there on its window slides, and is read anew for each token.
     """
     if model.objective.kind != "causal":
         raise ValueError(f"objective {model.objective.name} does not generate from left to right: use a causal run")
     window = model.build.model.positions or 1 << 30
     texts = [list(ids) for ids in beginnings]
     draws = [rng.torch_generator("generate", how.seed, number) for number in range(len(texts))]
-    never = torch.tensor(sorted(banned - {eod}), dtype=torch.long)
+    never = torch.tensor(sorted(banned - ends), dtype=torch.long)
     ended = [False] * len(texts)
     with contextlib.ExitStack() as stack:
         read = stack.enter_context(model.reading()) if cache else None
@@ -82,7 +88,7 @@ def continue_all(
             logits[:, never] = -torch.inf
             for row in (row for row, over in enumerate(ended) if not over):
                 texts[row].append(_draw(logits[row], how, draws[row]))
-                ended[row] = texts[row][-1] == eod
+                ended[row] = texts[row][-1] in ends
             if all(ended):
                 return
             yield [None if over else text[-1] for text, over in zip(texts, ended, strict=True)]
@@ -161,9 +167,7 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 def _draw(logits: Tensor, how: Sampling, generator: torch.Generator) -> int:
     if how.temperature == 0:
         return int(logits.argmax())
-    order = logits.argsort(descending=True)
+    order = logits.argsort(descending=True)[: how.top_k or None]  # top-p is of what top-k leaves, as in transformers
     probability = (logits[order] / how.temperature).softmax(0)
     keep = probability.cumsum(0) - probability < how.top_p
-    if how.top_k:
-        keep[how.top_k :] = False
     return int(order[torch.multinomial(probability * keep, 1, generator=generator)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ds_pretrain.core import rng
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.data.tokenizer import TextTokenizer
-from ds_pretrain.evaluation.generate import Sampling, generate, no_text
+from ds_pretrain.evaluation.generate import Sampling, ends_of, generate, no_text
 from ds_pretrain.objectives import Objective
 from ds_pretrain.objectives.fim import NAMES, FillInTheMiddle
 from ds_pretrain.objectives.mixture import Composite
@@ -96,7 +96,7 @@ def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int =
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [vocab.begin, pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []
-    for token in generate(model, prompt, vocab.eod, no_text(model, vocab), Sampling(tokens, temperature=0)):
+    for token in generate(model, prompt, ends_of(model, vocab), no_text(model, vocab), Sampling(tokens, temperature=0)):
         ids.append(token)
         if one_line and "\n" in tokenizer.decode([token]):
             break

@@ -115,7 +115,7 @@ def _verbatim(model: FrozenModel, eod: int, ids: np.ndarray, prompt: int) -> int
     """How many of these windows come out as they are."""
     done, how = 0, Sampling(ids.shape[1] - prompt, temperature=0)
     for rows in np.array_split(ids, range(ROWS, len(ids), ROWS)):
-        steps = continue_all(model, rows[:, :prompt].tolist(), eod, frozenset(), how)
+        steps = continue_all(model, rows[:, :prompt].tolist(), frozenset({eod}), frozenset(), how)
         written = np.array([[-1 if token is None else token for token in step] for step in steps]).reshape(-1, len(rows)).T
         done += sum(np.array_equal(mine, row[prompt:]) for mine, row in zip(written, rows, strict=True))
     return done

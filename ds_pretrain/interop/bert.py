@@ -152,13 +152,15 @@ def _bert(model: ModelConfig, objective: Objective) -> Side:
         if classes
         else "Model"
     )
-    return Side(f"Bert{name}", fields_of(model), rules)
+    return Side(f"Bert{name}", fields_of(model), rules, bare="" if words or classes else "bert.")
 
 
 FAMILIES.register("bert")(
     Family(
         model=shape_of,
-        objective=trained_for({"BertForPreTraining": "bert", "BertForNextSentencePrediction": "nsp"}, "mlm"),
+        objective=trained_for(
+            {"BertForPreTraining": "bert", "BertForNextSentencePrediction": "nsp", "BertModel": "simcse"}, "mlm"
+        ),
         takes=lambda m, objective: is_encoder(m, objective) and not {"sop", "rtd"} & {head.name for head in objective.heads},
         sides=lambda model, objective: {"": _bert(model, objective)},
         heads=r"cls\.|bert\.pooler\.",

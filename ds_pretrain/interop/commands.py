@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import yaml
 from rich.table import Table
 
 from ds_pretrain.core.files import appearing, whole
-from ds_pretrain.core.pooling import Sentences, pooling_of, read_json
+from ds_pretrain.core.pooling import Sentences, pooling_in
 from ds_pretrain.core.registry import unknown
-from ds_pretrain.core.vocabulary import BEGIN
 from ds_pretrain.data.tokenizer import ENGINES, TextTokenizer
 from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.interop.card import card
 from ds_pretrain.interop.folder import SHARD
+from ds_pretrain.interop.origin import known_tokens, origin_of
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
 from ds_pretrain.interop.transfer import Arrival, hand_out
 from ds_pretrain.models.config import ModelConfig
@@ -38,42 +37,31 @@ def bring_in(
 ) -> Arrival:
     """Make `output` the output folder of a run that begins with the weights of `folder`: a checkpoint of step 0, run.yaml, and
     the tokenizer where there is one. ValueError with what is wrong, and then nothing is left."""
-    if objective is None and (folder / "modules.json").is_file() and pooling_of(folder) == "cls":
-        objective = "simcse"  # whose vector of a text that is
     arrival = Arrival.of(folder, generator, objective, pickles)
-    tokenizer = _tokenizer(next(iter(arrival.sources)).stored.folder, arrival)
+    main = arrival.sources[0].stored.folder
+    origin = origin_of(main, arrival.config)
+    tokenizer = _tokenizer(main, arrival, origin)
     with appearing(output) as attempt:
-        arrival.save(attempt, {"objective": arrival.objective.name, "data": None, "cursor": None})
+        arrival.save(attempt, {"objective": arrival.objective.name, "data": None, "cursor": None, "origin": origin})
         if tokenizer:
             tokenizer.save(attempt / "tokenizer")
         _write_yaml(attempt / "run.yaml", _run_of(arrival, output, tokenizer is not None))
     return arrival
 
 
-def _tokenizer(folder: Path, arrival: Arrival) -> TextTokenizer | None:
+def _tokenizer(folder: Path, arrival: Arrival, origin: Mapping[str, Any]) -> TextTokenizer | None:
     """The folder's tokenizer, whose ids must all have a row."""
     if not any((folder / name).is_file() for name in ENGINES):
         return None
-    tokenizer = TextTokenizer.load(folder, stand_in=arrival.objective.kind == "causal")
+    causal = arrival.objective.kind == "causal"
+    known = known_tokens(folder, origin, arrival.config) if causal else {}
+    tokenizer = TextTokenizer.load(folder, stand_in=causal, known=known)
     if len(tokenizer) > arrival.model.vocab_size:
         raise ValueError(
             f"the tokenizer of {folder} has {len(tokenizer)} ids, the embedding {arrival.model.vocab_size} rows: they are of "
             "two models, or the tokenizer was extended without the embedding"
         )
-    begins = _begins(folder, tokenizer, arrival.config) if arrival.objective.kind == "causal" else None
-    if begins in (None, tokenizer.specials["<eod>"]):
-        return tokenizer
-    return replace(tokenizer, specials={**tokenizer.specials, BEGIN: begins})
-
-
-def _begins(folder: Path, tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int | None:
-    """The special token that texts of a causal model begin with: as its tokenizer says, else its config."""
-    found = frozenset(tokenizer.specials.values())
-    name = read_json(folder / "tokenizer_config.json", {}).get("bos_token")
-    name = name.get("content") if isinstance(name, dict) else name
-    if name is not None:
-        return next((i for i in found if tokenizer.spelling(i) == name), None)
-    return config.get("bos_token_id") if config.get("bos_token_id") in found else None
+    return tokenizer
 
 
 def _run_of(arrival: Arrival, output: Path, tokenizer: bool) -> dict[str, Any]:
@@ -109,12 +97,15 @@ def told(arrival: Arrival, output: Path) -> Table:
     return table
 
 
-def send_out(output: Path, folder: Path, precision: str = "float32", step: str | None = None, shard: int = SHARD) -> list[Path]:
+def send_out(
+    output: Path, folder: Path, precision: str | None = None, step: str | None = None, shard: int = SHARD
+) -> list[Path]:
     """Write a run's newest sound checkpoint (or the one named `step`) as folders of transformers; returns them.
 
-    ValueError if nothing there computes what the model does, or if `folder` is not empty.
+    precision: of the tensors; None: as they came in, fp32 where they were trained. ValueError if nothing there computes what
+    the model does, or if `folder` is not empty.
     """
-    if precision not in PRECISIONS:
+    if precision and precision not in PRECISIONS:
         raise ValueError(unknown("--dtype", precision, PRECISIONS))
     config, path = run_of(output), output / "checkpoints" / step if step else checkpoint.newest(output / "checkpoints")
     if path is None:
@@ -122,6 +113,7 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
     if step and (found := checkpoint.damages(path)):
         raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
     snapshot, objective = Snapshot(path), config.make_objective()
+    precision = precision or snapshot.manifest.get("imported", {}).get("dtype", "float32")
     tokenizer, rows = tokenizer_of(config), ModelConfig(**snapshot.manifest["model"]).vocab_size
     if tokenizer and len(tokenizer) > rows:
         raise ValueError(
@@ -129,19 +121,21 @@ def send_out(output: Path, folder: Path, precision: str = "float32", step: str |
             "trained with; prepare the data with that one again, or name its folder in run.yaml as data.tokenizer"
         )
     with appearing(folder) as attempt:
-        imported = snapshot.manifest.get("imported", {})
-        generation = imported.get("generation", {})
-        extra = special_ids(tokenizer, {**imported.get("config", {}), **generation}) if tokenizer else {}
+        origin = snapshot.manifest.get("origin", {})
+        generation = origin.get("generation", {})
+        extra = special_ids(tokenizer, generation) if tokenizer else {}
         sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
         for place in sides:
             if tokenizer:
-                save_tokenizer(tokenizer, objective, snapshot.manifest["model"]["positions"], attempt / place)
+                limit = {"model_max_length": positions} if (positions := snapshot.manifest["model"]["positions"]) else {}
+                save_tokenizer(tokenizer, objective, attempt / place, {**limit, **origin.get("tokenizer", {})})
             if objective.kind == "causal":
                 (attempt / place / "generation_config.json").write_text(
                     json.dumps({**generation, **extra}, indent=2) + "\n", encoding="utf-8"
                 )
         if objective.kind == "full":
-            _sentence_model(attempt / next(iter(sides)), objective.pooling, Sentences(**imported.get("sentences", {})))
+            pooling = pooling_in(snapshot.manifest, objective.pooling)
+            _sentence_model(attempt / next(iter(sides)), Sentences(**{**origin.get("sentences", {}), "pooling": pooling}))
         (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
     return [folder / place for place in sides]
 
@@ -153,10 +147,10 @@ MODULES = [
 ]
 
 
-def _sentence_model(folder: Path, pooled: str, said: Sentences) -> None:
+def _sentence_model(folder: Path, said: Sentences) -> None:
     """What sentence-transformers asks for, to embed a text as `ds-pretrain embed` does."""
     width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    modes = {"pooling_mode_cls_token": pooled == "cls", "pooling_mode_mean_tokens": pooled == "mean"}
+    modes = {"pooling_mode_cls_token": said.pooling == "cls", "pooling_mode_mean_tokens": said.pooling == "mean"}
     pooling = {"word_embedding_dimension": width, **modes}
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2), encoding="utf-8")

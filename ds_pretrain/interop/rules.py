@@ -79,11 +79,13 @@ def both(logical: str, stored: str | tuple[str, ...], way: Way = SAME, bias: boo
 
 
 class Side(NamedTuple):
-    """A model that `transformers` knows: its class, its config (our special ids are added), and the rules of its tensors."""
+    """A model that `transformers` knows: its class, its config (our special ids are added), and the rules of its tensors. bare:
+    what names of tensors begin with in the rules and not in the file, as the class is the base of others."""
 
     architecture: str
     fields: Fields
     rules: Sequence[Rule]
+    bare: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

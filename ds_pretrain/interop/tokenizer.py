@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_pretrain.core.vocabulary import BEGIN
 from ds_pretrain.data.tokenizer import ALIASES, TextTokenizer
 from ds_pretrain.interop.sentencepiece import converted
 from ds_pretrain.objectives import Objective
@@ -15,48 +16,58 @@ NAMED = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
     "eos_token": "<eod>",
-    "bos_token": "<eod>",
     "cls_token": "<cls>",
     "sep_token": "<sep>",
     "mask_token": "<mask>",
 }
-"""Their names and ours. A document of ours begins after the end of another, so that is also what text begins with."""
+"""Their names and ours."""
 
 
-def special_ids(tokenizer: TextTokenizer, imported: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of config.json and generation_config.json. imported: the config of the model that came in, which may end a text
-    in several ways. Where nothing but <eod> could pad there is no padding: its row of the embedding would not be trained."""
-    vocab, ends = tokenizer.vocabulary, imported.get("eos_token_id")
+def special_ids(tokenizer: TextTokenizer, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.json and generation_config.json. generation: of the model that came in, which may end a text in
+    several ways. Where nothing but <eod> could pad there is no padding: its row of the embedding would not be trained."""
+    vocab, ends = tokenizer.vocabulary, generation.get("eos_token_id")
     several = isinstance(ends, list) and vocab.eod in ends
     padding = {"pad_token_id": vocab.pad} if vocab.pad != vocab.eod else {}
     return {"bos_token_id": vocab.begin, "eos_token_id": ends if several else vocab.eod, **padding}
 
 
-def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, positions: int | None, folder: Path) -> None:
+def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, folder: Path, more: Mapping[str, Any]) -> None:
     """Write the tokenizer's own file, tokenizer.json where that is another, and tokenizer_config.json; for an encoder with
-    [CLS] and [SEP] put around a text."""
+    [CLS] and [SEP] put around a text, for LLaMA with <s> before it. more: further fields of the latter."""
     (folder / tokenizer.file).write_bytes(tokenizer.model)
     known = tokenizer.model if tokenizer.file == "tokenizer.json" else converted(tokenizer.model).to_str().encode()
     ids = tokenizer.specials
     found = {theirs: (tokenizer.spelling(ids[ours]), ours) for theirs, ours in NAMED.items()}
-    names = {theirs: name for theirs, (name, ours) in found.items() if name in (ours, *ALIASES[ours])}  # no stand-ins
+    real = {theirs: name for theirs, (name, ours) in found.items() if name in (ours, *ALIASES[ours])}  # no stand-ins
+    begin = tokenizer.spelling(tokenizer.vocabulary.begin)
+    names = {**real, "eos_token": found["eos_token"][0], "bos_token": begin}
     content = json.loads(known)
     content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
     if objective.kind == "full":
         content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)  # none stands in there
+    elif tokenizer.file == "tokenizer.model" and BEGIN in ids:
+        content["post_processor"] = _before(begin, ids[BEGIN])
     same = content == json.loads(known)  # then byte for byte: it is known by its digest
     (folder / "tokenizer.json").write_bytes(known if same else json.dumps(content, ensure_ascii=False).encode())
     config: dict[str, object] = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if objective.kind == "full":
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    if positions:
-        config["model_max_length"] = positions
+    config |= more
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _added(name: str, token: int) -> dict[str, object]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": name, **flags, "special": True}
+
+
+def _before(begin: str, token: int) -> dict[str, object]:
+    """<s> A and <s> A <s> B, as the tokenizers library writes it."""
+    first, text = {"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": begin, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {begin: {"id": begin, "ids": [token], "tokens": [begin]}}
+    return {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, *second], "special_tokens": special}
 
 
 def _around(cls: str, sep: str, tokenizer: TextTokenizer) -> dict[str, object]:

@@ -17,7 +17,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ds_pretrain.core.pooling import read_json, sentences_of
 from ds_pretrain.evaluation.reference import parameter_shapes
 from ds_pretrain.interop.folder import SHARD, Entry, Stored, canonical, some, write
 from ds_pretrain.interop.rules import FAMILIES, Family, Rule, Side, family_of
@@ -159,9 +158,10 @@ class Arrival:
         return final
 
     def _told(self) -> dict[str, Any]:
-        folder = next(iter(self.sources)).stored.folder
-        said = {"generation": read_json(folder / "generation_config.json", {}), "sentences": sentences_of(folder)._asdict()}
-        return {"config": dict(self.config), **said, "fresh": list(self.fresh), "left_out": list(self.left_out)}
+        stored = self.sources[0].stored
+        dtype = str(stored.tensor(next(iter(stored.files))).dtype).removeprefix("torch.")
+        lists = {"fresh": list(self.fresh), "left_out": list(self.left_out)}
+        return {"config": dict(self.config), "dtype": dtype, **lists}
 
 
 def _checked(
@@ -189,8 +189,10 @@ def hand_out(
 ) -> dict[str, Side]:
     """Write config.json and the weights of a checkpoint into an attempt at a folder; returns the models in it, by subfolder.
 
-    extra: further fields of config.json. ValueError if no family computes what the model does.
+    extra: further fields of config.json. What did not come in and was not trained since does not go out. ValueError if no
+    family computes what the model does.
     """
+    fresh = snapshot.manifest.get("imported", {}).get("fresh", ())
     model = ModelConfig(**snapshot.manifest["model"])
     name, family = family_of(model, objective)
     sides = dict(family.sides(model, objective))
@@ -203,15 +205,16 @@ def hand_out(
         target.mkdir(exist_ok=True)
         kept = {"model_type": name, "architectures": [side.architecture], "dtype": str(dtype).removeprefix("torch.")}
         (target / "config.json").write_text(json.dumps({**kept, **side.fields, **extra}, indent=2) + "\n", encoding="utf-8")
+        rules = [rule for rule in side.rules if rule.logical not in fresh]
         entries = [
-            Entry(stored, shape)
-            for rule in side.rules
+            Entry(stored.removeprefix(side.bare), shape)
+            for rule in rules
             for stored, shape in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True)
         ]
         write(
             target,
             entries,
-            (part for rule in side.rules for part in rule.way.split(snapshot.whole(rule.logical))),
+            (part for rule in rules for part in rule.way.split(snapshot.whole(rule.logical))),
             dtype,
             shard,
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_pretrain.core.attention import AttentionPattern
 from ds_pretrain.core.batch import Batch
+from ds_pretrain.core.pooling import pooling_in
 from ds_pretrain.models.cache import remembering
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import Network, initialise
@@ -45,6 +47,12 @@ class FrozenModel(Model):
         self.criterion = Criterion(objective, DataComm(mesh), 1.0)
         self.network = Network(self.build).to(mesh.device).eval()
         self._load()
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """What the folder said that the weights came from (`interop/origin.py`)."""
+        found: Mapping[str, Any] = self.snapshot.manifest.get("origin", {})
+        return found
 
     def under(self, objective: Objective) -> FrozenModel:
         """The same weights, scored for another objective that asks for the same heads or fewer."""
@@ -99,7 +107,7 @@ class FrozenModel(Model):
         tokens = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts])
         real = torch.arange(length) < torch.tensor([[len(ids)] for ids in texts])
         states = self.network(self._batch(tokens, real.long()), lambda answers, _: answers.states()).float().cpu()
-        if self.objective.pooling == "cls":
+        if pooling_in(self.snapshot.manifest, self.objective.pooling) == "cls":
             return states[:, 0]
         return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 

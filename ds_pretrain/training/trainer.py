@@ -125,6 +125,7 @@ class PreTrainer:
         self.step, self.tokens, self.consumed = 0, 0, Counter[str]()
         self.cursor: Cursor | MixedCursor = dataset.first
         self._first_loss, self.diverging, self.changed, self.begun = 0.0, False, "", bool(init)
+        self.origin: Mapping[str, Any] = {}
         self.audit = Audit(objective, dataset.vocab)
         self._held: IO[str] | None = None
         if self.output:
@@ -229,6 +230,7 @@ class PreTrainer:
             "layout": str(self.plan),
             "world": self.mesh.world,
             "seed": self.seed,
+            "origin": self.origin,
         }
         return checkpoint.save(self.output / "checkpoints", self.model, self.step, facts, self.keep)
 
@@ -345,7 +347,9 @@ class PreTrainer:
         found = checkpoint.newest(folder / "checkpoints", self.mesh)
         if found is None:
             raise ValueError(f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported")
-        fresh, left = checkpoint.adopt(checkpoint.Snapshot(found), self.model)
+        snapshot = checkpoint.Snapshot(found)
+        fresh, left = checkpoint.adopt(snapshot, self.model)
+        self.origin = snapshot.manifest.get("origin", {})
         told = [f"begins with the weights of {found}", *(["fresh: " + ", ".join(fresh)] if fresh else [])]
         self.changed = "; ".join([*told, *(["left behind: " + ", ".join(left)] if left else [])])
 
@@ -365,6 +369,7 @@ class PreTrainer:
                 "objective; use another output"
             )
         checkpoint.load(snapshot, self.model)
+        self.origin = m.get("origin", {})
         self._first_loss = m["first_loss"]
         self.step, self.tokens = m["step"], m["tokens"]
         self.cursor = self.dataset.position(m["cursor"]) if m["cursor"] else self.dataset.first  # none after a resize

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_pretrain.data.dataset import PretrainingDataset
-from ds_pretrain.evaluation.generate import Sampling, continue_all, generate, unmask
+from ds_pretrain.evaluation.generate import Sampling, continue_all, ends_of, generate, unmask
 from ds_pretrain.evaluation.perplexity import evaluate, evaluate_perplexity
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import create
@@ -57,13 +57,15 @@ def test_a_checkpoint_loads_on_tensor_ranks(trained, data):
 def test_greedy_is_the_most_probable_and_sampling_repeats_with_its_seed(trained):
     _, dataset, output = trained
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
+    ends = ends_of(model, vocab)
     prompt = dataset.tokenizer.encode("The import").tolist()
-    greedy = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(5, temperature=0)))
+    greedy = list(generate(model, [vocab.eod, *prompt], ends, vocab.specials, Sampling(5, temperature=0)))
     logits = model.logits(torch.tensor([[vocab.eod, *prompt]]))[0]
     logits[sorted(vocab.specials - {vocab.eod})] = -torch.inf
     assert greedy[0] == int(logits.argmax())
     once, twice, other = (
-        list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(80, top_k=50, seed=seed))) for seed in (1, 1, 2)
+        list(generate(model, [vocab.eod, *prompt], ends, vocab.specials, Sampling(80, top_k=50, seed=seed)))
+        for seed in (1, 1, 2)
     )
     assert once == twice != other
     assert not set(once) & vocab.specials
@@ -77,7 +79,7 @@ def texts_of(output, data, tensor, temperature, cache):
     dataset = PretrainingDataset(data, seq_len=64, objective="clm")
     model, vocab = FrozenModel(output, create("clm"), ParallelPlan(tensor=tensor)), dataset.vocab
     prompts = [[vocab.eod, *dataset.tokenizer.encode(text).tolist()] for text in PROMPTS]
-    return list(continue_all(model, prompts, vocab.eod, vocab.specials, Sampling(90, temperature, seed=3), cache))
+    return list(continue_all(model, prompts, frozenset({vocab.eod}), vocab.specials, Sampling(90, temperature, seed=3), cache))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -92,11 +94,12 @@ def test_a_cache_changes_no_token(trained, data, temperature):
 def test_a_prompt_is_continued_the_same_in_any_company(trained, data):
     _, dataset, output = trained
     model, vocab = FrozenModel(output, create("clm")), dataset.vocab
+    ends = ends_of(model, vocab)
     prompts = [dataset.tokenizer.encode(text).tolist() for text in PROMPTS]
     texts = [[vocab.eod, *prompt] for prompt in prompts]
-    together = list(continue_all(model, texts, vocab.eod, vocab.specials, Sampling(40, temperature=0)))
+    together = list(continue_all(model, texts, frozenset({vocab.eod}), vocab.specials, Sampling(40, temperature=0)))
     for number, prompt in enumerate(prompts):
-        alone = list(generate(model, prompt, vocab.eod, vocab.specials, Sampling(40, temperature=0)))
+        alone = list(generate(model, [vocab.eod, *prompt], ends, vocab.specials, Sampling(40, temperature=0)))
         assert alone == [step[number] for step in together if step[number] is not None]
 
 
@@ -128,7 +131,7 @@ def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):
         FrozenModel(output, create("clm"), ParallelPlan(pipeline=2))
     masked = FrozenModel(output, create("mlm"))
     with pytest.raises(ValueError, match="left to right"):
-        next(generate(masked, [], 2, frozenset()))
+        next(generate(masked, [], frozenset({2}), frozenset()))
 
 
 class Counting:

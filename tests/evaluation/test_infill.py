@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ds_pretrain.data.dataset import PretrainingDataset
+from ds_pretrain.evaluation import generate
 from ds_pretrain.evaluation import infill as task
 from ds_pretrain.evaluation.infill import Gap, Infilled, gaps, parses
 
@@ -56,8 +57,9 @@ def test_what_is_no_python_is_no_error():
 def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatch):
     seen = []
     line = dataset.tokenizer.encode("    return x\n").tolist()
-    monkeypatch.setattr(task, "generate", lambda model, prompt, *_, **__: iter(seen.append(prompt) or line))
-    model = SimpleNamespace(build=SimpleNamespace(model=SimpleNamespace(positions=128, vocab_size=len(dataset.tokenizer))))
+    monkeypatch.setattr(generate, "continue_all", lambda model, texts, *_: seen.extend(texts) or ([token] for token in line))
+    shape = SimpleNamespace(positions=128, vocab_size=len(dataset.tokenizer))
+    model = SimpleNamespace(origin={}, build=SimpleNamespace(model=shape))
     attempt = task.infill(model, dataset.tokenizer, CODE)
     pre, suf, mid = (dataset.vocab.names[name] for name in ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
     encode = dataset.tokenizer.encode

@@ -35,7 +35,7 @@ def place(corpus, data, tmp_path, monkeypatch):
     tokenizer = TextTokenizer.load(data / "tokenizer")
     shape = {**theirs.LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path / "hf")
-    save_tokenizer(tokenizer, create("clm"), 64, tmp_path / "hf")
+    save_tokenizer(tokenizer, create("clm"), tmp_path / "hf", {"model_max_length": 64})
     monkeypatch.chdir(tmp_path)
     bring_in(tmp_path / "hf", tmp_path / "runs/imported")
     for name in ("python", "general"):

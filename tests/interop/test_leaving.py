@@ -2,6 +2,7 @@
 
 import json
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,17 @@ import theirs
 import tokenizers
 import torch
 import transformers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
+from ds_pretrain import use
 from ds_pretrain.cli import app
 from ds_pretrain.config import ConfigError, load_run
 from ds_pretrain.core.batch import Document
+from ds_pretrain.curation.prepare import prepare
 from ds_pretrain.data.tokenizer import TextTokenizer
+from ds_pretrain.evaluation import generate as evaluation
+from ds_pretrain.evaluation.generate import ends_of, no_text
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.interop.tokenizer import save_tokenizer
 from ds_pretrain.objectives import create
@@ -122,7 +127,7 @@ def test_a_sentencepiece_tokenizer_goes_out_with_its_ids_and_comes_back_itself(k
     """Of a unigram model all but texts that two splits are equally likely of."""
     texts = [*topics.values()]
     ours = TextTokenizer.train(iter(texts), 2000, kind)
-    save_tokenizer(ours, create("clm"), 64, tmp_path)
+    save_tokenizer(ours, create("clm"), tmp_path, {"model_max_length": 64})
     theirs_ = transformers.AutoTokenizer.from_pretrained(tmp_path)
     odd = ["", " ", "  a  b\n\tc ", "naïve ☕ 日本語 𝔘", "▁x ▁▁y", "a\r\nb\x00", "e\u0301 \u00a0", "<eod>a<mask>"]
     options = {"add_special_tokens": False, "split_special_tokens": True}
@@ -136,7 +141,7 @@ def test_a_sentencepiece_tokenizer_goes_out_with_its_ids_and_comes_back_itself(k
 def foreign(folder, specials, size=400):
     """A byte-level BPE with special tokens of its own names."""
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     model.train_from_iterator(
         ["a b c"], trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=specials)
@@ -190,7 +195,52 @@ def test_texts_of_a_llama_begin_as_they_did(tmp_path):
     (out,) = send_out(tmp_path / "run", tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 3]) and config.get("pad_token_id") is None
+    left = transformers.AutoTokenizer.from_pretrained(out)
+    assert (left.bos_token, left.eos_token) == ("<s>", "</s>")
     assert "imported from" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("said", ["tokenizer", "config"])
+def test_texts_end_as_the_folder_says_not_as_a_name_sounds(said, tmp_path, corpus):
+    """An assistant's <|im_end|> beside <|endoftext|>; either ends what is generated, and both go out after more training."""
+    foreign(tmp_path / "in", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"])
+    told = {"chat_template": "{{ messages }}", **({"eos_token": "<|im_end|>"} if said == "tokenizer" else {})}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(told))
+    shape = {**theirs.LLAMA, "vocab_size": len(TextTokenizer.load(tmp_path / "in", stand_in=True))}
+    config = transformers.LlamaConfig(**shape, bos_token_id=0, eos_token_id=[2, 0])
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    assert (tokenizer.vocabulary.eod, tokenizer.vocabulary.begin) == (2, 0)
+    prepare([str(corpus)], tmp_path / "data", tokenizer=tmp_path / "run" / "tokenizer", split=(0.8, 0.1, 0.1), quiet=True)
+    run = {
+        "model": {}, "data": {"path": str(tmp_path / "data")}, "batch": {"global_size": 4, "seq_len": 16},
+        "train": {"max_steps": 1}, "optimizer": {"warmup_steps": 0}, "init": str(tmp_path / "run"),
+        "output": str(tmp_path / "more"),
+    }  # fmt: skip
+    (tmp_path / "more.yaml").write_text(json.dumps(run))
+    trainer = make_trainer(*open_run(str(tmp_path / "more.yaml"), []))
+    trainer.progress = False
+    trainer.train()
+    model = load_model(str(tmp_path / "more"))
+    assert ends_of(model, tokenizer.vocabulary) == {0, 2} == set(no_text(model, tokenizer.vocabulary)) - {1, 3}
+    (out,) = send_out(tmp_path / "more", tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    left = transformers.AutoTokenizer.from_pretrained(out)
+    assert (left.eos_token, left.bos_token, left.chat_template) == ("<|im_end|>", "<|endoftext|>", "{{ messages }}")
+
+
+def test_a_generated_text_keeps_the_space_that_it_begins_with(monkeypatch, tmp_path):
+    tokenizer = TextTokenizer.train(iter(topics.values()), 800, "sp_bpe")
+    word = tokenizer.encode("x the")[-1:].tolist()
+    model = SimpleNamespace(objective=create("clm"), origin={}, mesh=SimpleNamespace(rank=0), build=SimpleNamespace(
+        model=SimpleNamespace(vocab_size=800)))  # fmt: skip
+    monkeypatch.setattr(use, "load_model", lambda output: model)
+    monkeypatch.setattr(use, "load_tokenizer", lambda output: tokenizer)
+    monkeypatch.setattr(evaluation, "continue_all", lambda *_: iter([word]))
+    told = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "The"])
+    assert told.output == "The" + tokenizer.decode([*tokenizer.encode("x").tolist(), *word])[1:] + "\n"
+    assert " " in told.output, tokenizer.token(word[0])
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):

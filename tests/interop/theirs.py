@@ -38,6 +38,7 @@ MODELS = {
         "BertForMaskedLM",
         {**COMMON, "tie_word_embeddings": False, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
     ),
+    "bert without a head": ("BertModel", COMMON),
     "bert with a pair head": ("BertForPreTraining", COMMON),
     "bert with a pair head alone": ("BertForNextSentencePrediction", COMMON),
     "albert with its order head": ("AlbertForPreTraining", {**COMMON, **OWN}),
