@@ -43,6 +43,8 @@ class Listener:
         for head in self.objective.heads:
             if head.classes:
                 self.found[head.name] = read._classes(head.name, everywhere).detach().view(*batch.inputs.shape, -1)
+            elif head.classes == 0:
+                self.found[head.name] = read.embed(head.name, everywhere).detach().view(*batch.inputs.shape, -1)
             elif self.objective.generator is None:
                 self.found[head.name] = read.logits(everywhere).view(*batch.inputs.shape, -1)
         return {head.name: torch.zeros(()) for head in self.objective.heads}
@@ -96,14 +98,27 @@ def everything(models):
     return {name: dict(zip(models, spawn(plan.unit, measured, runs, name), strict=True)) for name, plan in LAYOUTS.items()}
 
 
+def pooled(model, batch):
+    """Their vector of each text of a batch, at its first position [B, S, H]; elsewhere nothing."""
+    segment, found = batch.attention.segment, torch.zeros(*batch.inputs.shape, model.config.hidden_size)
+    for row in range(len(segment)):
+        for text in segment[row].unique().tolist():
+            here = (segment[row] == text) & (text != 0)
+            if here.any():
+                found[row, int(here.nonzero()[0])] = model(batch.inputs[row, here][None]).pooler_output[0]
+    return found
+
+
+@torch.no_grad()
 def expected(model, batch):
     """Their answers by the name of our head."""
+    if "simcse" in batch.targets:
+        return {"simcse": pooled(model, batch)}
     segment = batch.attention.segment
     inputs = {"input_ids": batch.inputs, "attention_mask": (segment != 0).long()}
     if batch.token_type is not None:
         inputs["token_type_ids"] = batch.token_type
-    with torch.no_grad():
-        out = model(**inputs)
+    out = model(**inputs)
     found = {"clm": getattr(out, "logits", None), "mlm": getattr(out, "prediction_logits", getattr(out, "logits", None))}
     pair = getattr(out, "seq_relationship_logits", getattr(out, "sop_logits", getattr(out, "logits", None)))
     return {**found, "nsp": pair, "sop": pair, "rtd": getattr(out, "logits", None)}
@@ -118,6 +133,9 @@ def test_answers_are_those_of_transformers(everything, models, name, layout):
         want, got = wanted[head], answer
         if head in ("nsp", "sop"):
             got = answer[:, 0]
+        elif head == "simcse":
+            first = batch.targets["simcse"].labels > 0
+            want, got = want[first], answer[first]
         elif head == "rtd":  # one logit there, the difference of two here
             want, got = want[real], (answer[..., 1] - answer[..., 0])[real]
         else:
@@ -132,6 +150,10 @@ def test_training_begins_with_their_loss(everything, models, name, layout):
     batch, _, step = everything[layout][name]
     wanted, total = expected(models[name][0], batch), 0.0
     for head, target in batch.targets.items():
+        if head == "simcse":
+            one, two = (F.normalize(wanted[head][target.labels == view], dim=-1) for view in (1, 2))
+            total += float(F.cross_entropy(one @ two.T / 0.05, torch.arange(len(one))))
+            continue
         answer = wanted[head] if wanted[head].ndim == 3 else wanted[head][:, None].expand(-1, LENGTH, -1)
         losses = F.cross_entropy(answer.transpose(1, 2), target.labels, reduction="none")
         total += float((losses * target.weights).sum() / target.weights.sum())
