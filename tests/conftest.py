@@ -32,6 +32,17 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What a cluster does to a run, and how long each took."""
+    took = [
+        (report.duration, report.nodeid) for report in terminalreporter.getreports("passed") if "/cluster/" in report.nodeid
+    ]
+    if took:
+        terminalreporter.section("on a cluster, seconds")
+        for seconds, name in took:
+            terminalreporter.write_line(f"{seconds:6.0f}  {name.partition('::')[2]}")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """About 400 KB of the standard library's own text, a file per document."""

@@ -8,6 +8,7 @@ varies, line styles those of the others.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,6 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy": ("accuracy (per target)", "{:.2%}".format),
 }
 """Columns of cells to headings and formats, in the order of the table."""
-PANELS = ("training loss, smoothed", "validation loss", "gradient norm", "learning rate")
 SHARES = ("accuracy", "untrained", "majority")
 UNITS = {"loss": "nats per target", "perplexity": "per token", "word_perplexity": "per word", "tokens_scored": "targets"}
 
@@ -78,7 +78,8 @@ def write(spec: Spec, source: Path, folder: Path) -> Path:
     parts = [*head, *table(found), *_cautions(spec), *way(sound), "![Learning curves](curves.png)"]
     if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
         panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
-        parts += [*(part for each in scored for part in score_table(sound, each)), "![Scores](scores.png)"]
+        parts += [part for each in scored for part in (*score_table(sound, each), *to_equal_quality(sound, each))]
+        parts.append("![Scores](scores.png)")
     page = folder / "report.md"
     with whole(page) as file:
         file.write("\n\n".join([*parts, ""]).encode())
@@ -181,6 +182,63 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     yield _markdown(found, columns, lambda column: _heading(column).partition("/")[2])
 
 
+def to_equal_quality(found: Sequence[Line], asked: Asked) -> Iterator[str]:
+    """Markdown: what other ways to train need to be as good as the first is at each of its budgets; nothing where budgets do
+    not vary, or nothing else. Between two budgets a score is a straight line over the logarithm of tokens."""
+    column = _figure_of(asked, found)
+    (first, reference), *others = _ways(found, column).items()
+    if asked.by == "memorised" or not others or len(reference) < 2:
+        return
+    tell = FIGURES["tokens"][1]
+    axes = ("tokens", "loss_tokens")
+    header = [f"as good as {first} with", *(f"{name}: {FIGURES[axis][0]}" for name, _ in others for axis in axes)]
+    body = []
+    for line in reference:
+        level, spent = statistics.fmean(line.values(column)), [statistics.fmean(line.values(axis)) for axis in axes]
+        at = f"{_format(column)(level)}: {tell(spent[0])} tokens, {tell(spent[1])} of them scored"
+        body.append([at, *(_needed(lines, column, axis, level, base) for _, lines in others
+                           for axis, base in zip(axes, spent, strict=True))])  # fmt: skip
+    figure = _heading(column).partition("/")[2]
+    yield f"To equal {figure}, interpolated, and how many times as much (mean ± deviation of a seed):"
+    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
+    """Lines that differ by their budget alone, by what they have in common."""
+    ways: dict[str, list[Line]] = {}
+    for line in found:
+        name = ", ".join(label for axis, label in line.labels.items() if axis not in Budget.model_fields)
+        if line.values(column):
+            ways.setdefault(name, []).append(line)
+    return ways or {"": []}
+
+
+def _needed(lines: Sequence[Line], column: str, axis: str, level: float, base: float) -> str:
+    """How much of an axis a score takes, over the seeds."""
+    seeds: dict[Any, list[tuple[float, float]]] = {}
+    sign = 1.0 if column.endswith("accuracy") else -1.0
+    for row in (row for line in lines for row in line.rows if row["status"] == "finished" and column in row):
+        seeds.setdefault(row["seed"], []).append((float(row[axis]), sign * float(row[column])))
+    found = [_reached(sorted(points), sign * level) for points in seeds.values()]
+    tell = FIGURES[axis][1]
+    if any(math.isinf(each) for each in found):
+        return f"more than {tell(max(point[0] for points in seeds.values() for point in points))}"
+    if not all(found):
+        return f"less than {tell(min(point[0] for points in seeds.values() for point in points))}"
+    times = _mean_and_spread([each / base for each in found], "{:.2f}".format)
+    return f"{tell(statistics.fmean(found))} ({times} x)"
+
+
+def _reached(points: Sequence[tuple[float, float]], level: float) -> float:
+    """Where a growing score first has this level; 0 before the first point, infinite after the last."""
+    if points[0][1] >= level:
+        return 0.0 if points[0][1] > level else points[0][0]
+    for (a, low), (b, high) in itertools.pairwise(points):
+        if high >= level:
+            return float(a * (b / a) ** ((level - low) / (high - low)))
+    return math.inf
+
+
 def _markdown(found: Sequence[Line], columns: Sequence[str], heading: Callable[[str], str]) -> str:
     axes = list(dict.fromkeys(axis for line in found for axis in line.labels))
     header = [*axes, "finished", *map(heading, columns)]
@@ -260,32 +318,39 @@ def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def curves(found: Sequence[Line]) -> Figure:
-    """Training loss, validation loss, gradient norm and learning rate against tokens: a line for each sound cell."""
+    """Training loss, validation perplexity (where all have one, else loss), gradient norm and learning rate against tokens: a
+    line for each sound cell."""
+    evaluated = [each for line in found for history in line.histories for each in history.evaluations]
+    shown = "perplexity" if all("perplexity" in each for each in evaluated) else "loss"
+    name = "validation perplexity (per token)" if shown == "perplexity" else "validation loss"
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
         for history, label in zip(sound, [line.name, *[None] * len(sound)], strict=False):
-            _draw_run(axes, history, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
-    for panel, title in zip(axes, PANELS, strict=True):
+            _draw_run(axes, history, shown, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
+    for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
     axes[0].set_ylabel("loss")
+    if shown == "perplexity":
+        _plain_log(axes[1])
     others = sorted({split for line in found for history in line.histories for split in _splits(history)})[1:]
     if others:
-        axes[1].set_title(f"validation loss; other marks: {', '.join(others)}", loc="left", fontsize=9)
+        axes[1].set_title(f"{name}; other marks: {', '.join(others)}", loc="left", fontsize=9)
     axes[2].set_yscale("log")
     _legend(figure, axes[:1])
     return figure
 
 
-def _draw_run(axes: Sequence[Axes], history: History, look: Mapping[str, Any]) -> None:
+def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping[str, Any]) -> None:
     scale = history.tokens_per_step() if history.train else 0.0
     for panel, key in zip((axes[0], axes[2], axes[3]), ("loss", "grad_norm", "lr"), strict=True):
         steps, values = history.column(key)
         values = values if key == "lr" else smoothed(values, len(values) // 30 | 1)
         panel.plot(steps * scale, values, **look)
     for marker, (_, evaluated) in zip("os^vD", sorted(_splits(history).items()), strict=False):
-        points = [(line["step"] * scale, loss) for line in evaluated if math.isfinite(loss := float(line["loss"]))]
+        told = [(line["step"] * scale, float(line[figure])) for line in evaluated]
+        points = [point for point in told if math.isfinite(point[1])]
         if points:
             axes[1].plot(*zip(*points, strict=True), marker=marker, markersize=3.5, **look)
 
@@ -332,13 +397,10 @@ def _mean(found: Sequence[Line], column: str) -> float:
 
 def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None:
     """Lines that differ by their budget alone joined: how the score grows with an axis."""
-    others = [", ".join(label for name, label in line.labels.items() if name not in Budget.model_fields) for line in found]
-    for name, colour in zip(dict.fromkeys(others), cycle(COLOURS)):
-        mine = [line for line, label in zip(found, others, strict=True) if label == name and line.values(column)]
+    for (name, mine), colour in zip(_ways(found, column).items(), cycle(COLOURS)):
         points = sorted((statistics.fmean(line.values(axis)), *_spread(line.values(column))) for line in mine)
-        if points:
-            at, means, spreads = map(np.array, zip(*points, strict=True))
-            panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
+        at, means, spreads = map(np.array, zip(*points, strict=True))
+        panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
     panel.set_xscale("log")
     _tokens(panel, FIGURES[axis][0])
 
@@ -390,6 +452,16 @@ def _tokens(panel: Axes, label: str = "tokens") -> None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_xlabel(label)
     plain(panel)
+
+
+def _plain_log(panel: Axes) -> None:
+    """A logarithmic axis with numbers as people write them."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.yaxis.set_minor_locator(LogLocator(subs=()))
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:

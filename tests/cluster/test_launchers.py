@@ -96,8 +96,8 @@ def test_a_pulled_cable_ends_the_job_within_the_watchdogs_limit(hosts, starts, t
     hosts.plug("host2", False)
     pulled = time.monotonic()
     try:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode != 0 and time.monotonic() - pulled < 100, said
+        said, _ = process.communicate(timeout=150)  # ssh gives a host up a minute after it
+        assert process.returncode != 0 and time.monotonic() - pulled < 130, said
         assert "has not moved for 40 s" in said and f"it ends with exit code {HUNG}" in said, said
         assert {path.name for path in (tmp_path / "out" / "stacks").iterdir()} == {f"rank-{rank}.txt" for rank in range(4)}
     finally:

@@ -24,7 +24,7 @@ from ds_pretrain.evaluation.scaling import fit
 from ds_pretrain.evaluation.scaling import read as scaling_runs
 from ds_pretrain.objectives import create
 from ds_pretrain.sweep import cells, report, results
-from ds_pretrain.sweep.scores import figures
+from ds_pretrain.sweep.scores import Asked, figures
 from ds_pretrain.sweep.spec import parameters, read
 from ds_pretrain.training.inference import FrozenModel
 
@@ -298,6 +298,31 @@ def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatc
     text, note = report.table([line])
     assert text.splitlines()[2] == "| small | 2 of 4 | 20,480 | 3.5000 ± 0.7071 |"
     assert "seed=2 (stopped after step 10), seed=3 (failed after step 7)" in note
+
+
+def test_what_equals_what_is_read_off_between_budgets():
+    """The second way needs four times the tokens, by the logarithm of which scores grow here, and never gets to the last."""
+
+    def line(name, tokens, accuracies):
+        rows = [
+            {"seed": seed, "status": "finished", "tokens": tokens, "loss_tokens": tokens // 2, "files/accuracy": accuracy}
+            for seed, accuracy in enumerate(accuracies)
+        ]
+        return report.Line({"objective": name, "tokens": str(tokens)}, rows, [])
+
+    first = [line("clm", 1000 * 2**i, [0.3 + 0.1 * i] * 2) for i in range(3)]
+    second = [line("mlm", 1000 * 2**i, [0.1 + 0.1 * i, 0.1 + 0.1 * i]) for i in (1, 2, 3)]
+    asked = Asked.of("files", {"by": "probe", "texts": "passages.tsv"})
+    _, text = report.to_equal_quality([*first, *second], asked)
+    assert text.splitlines()[2:] == [
+        "| 30.00%: 1,000 tokens, 500 of them scored | 4,000 (4.00 x) | 2,000 (4.00 x) |",
+        "| 40.00%: 2,000 tokens, 1,000 of them scored | 8,000 (4.00 x) | 4,000 (4.00 x) |",
+        "| 50.00%: 4,000 tokens, 2,000 of them scored | more than 8,000 | more than 4,000 |",
+    ]
+    assert not list(report.to_equal_quality(first, asked)), "there is nothing to hold it against"
+    assert next(iter(report.to_equal_quality([*second, *first], asked))) and "less than 1,000" in "".join(
+        report.to_equal_quality([*second[:2], *first], asked)
+    )
 
 
 @pytest.mark.parametrize("scores, message", [
