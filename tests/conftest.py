@@ -34,13 +34,10 @@ def pytest_collection_modifyitems(items) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """What a cluster does to a run, and how long each took."""
-    took = [
-        (report.duration, report.nodeid) for report in terminalreporter.getreports("passed") if "/cluster/" in report.nodeid
-    ]
-    if took:
+    if took := [report for report in terminalreporter.getreports("passed") if "/cluster/" in report.nodeid]:
         terminalreporter.section("on a cluster, seconds")
-        for seconds, name in took:
-            terminalreporter.write_line(f"{seconds:6.0f}  {name.partition('::')[2]}")
+        for report in took:
+            terminalreporter.write_line(f"{report.duration:6.0f}  {report.nodeid.partition('::')[2]}")
 
 
 @pytest.fixture(scope="session")

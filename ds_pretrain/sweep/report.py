@@ -58,6 +58,11 @@ class Line(NamedTuple):
     def name(self) -> str:
         return ", ".join(self.labels.values()) or "all"
 
+    @property
+    def way(self) -> Mapping[str, str]:
+        """What varies but for the budget."""
+        return {axis: label for axis, label in self.labels.items() if axis not in Budget.model_fields}
+
     def values(self, column: str) -> list[float]:
         """Of the cells that have finished."""
         return [
@@ -207,9 +212,8 @@ def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
     """Lines that differ by their budget alone, by what they have in common."""
     ways: dict[str, list[Line]] = {}
     for line in found:
-        name = ", ".join(label for axis, label in line.labels.items() if axis not in Budget.model_fields)
         if line.values(column):
-            ways.setdefault(name, []).append(line)
+            ways.setdefault(", ".join(line.way.values()), []).append(line)
     return ways or {"": []}
 
 
@@ -306,9 +310,9 @@ def _splits(history: History) -> dict[str, list[Row]]:
 
 
 def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
-    """Colour and line style of each line."""
-    first = [next(iter(line.labels.values()), "") for line in found]
-    rest = [tuple(line.labels.values())[1:] for line in found]
+    """Colour and line style of each line; how long it was trained is seen from where it ends."""
+    varied = [list(line.way.values()) for line in found]
+    first, rest = [next(iter(each), "") for each in varied], [tuple(each[1:]) for each in varied]
     colours, styles = list(dict.fromkeys(first)), list(dict.fromkeys(rest))
     looks = []
     for a, b in zip(first, rest, strict=True):
@@ -326,7 +330,7 @@ def curves(found: Sequence[Line]) -> Figure:
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
-        for history, label in zip(sound, [line.name, *[None] * len(sound)], strict=False):
+        for history, label in zip(sound, [", ".join(line.way.values()) or line.name, *[None] * len(sound)], strict=False):
             _draw_run(axes, history, shown, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
     for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):
         panel.set_title(title, loc="left", fontsize=11)
