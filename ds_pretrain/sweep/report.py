@@ -373,7 +373,7 @@ def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
         elif axis:
             _growing(panel, found, _figure_of(each, found), axis)
         else:
-            _bars(panel, found, _figure_of(each, found))
+            _dots(panel, found, _figure_of(each, found))
         for name, style in (("untrained", ":"), ("majority", "--")) if each.by == "probe" else ():
             draw = panel.axhline if axis else panel.axvline
             draw(_mean(found, f"{each.name}/{name}"), color=GREY, linestyle=style, linewidth=1.2, label=name)
@@ -409,13 +409,14 @@ def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None
     _tokens(panel, FIGURES[axis][0])
 
 
-def _bars(panel: Axes, found: Sequence[Line], column: str) -> None:
+def _dots(panel: Axes, found: Sequence[Line], column: str) -> None:
+    """Means and deviations on an axis of their own range: a difference of a hundredth would be none on one from zero."""
     shown = [(line, colour) for line, (colour, _) in zip(found, _styles(found), strict=True) if line.values(column)]
     for place, (line, colour) in enumerate(shown):
         mean, spread = _spread(line.values(column))
-        panel.barh(place, mean, xerr=spread or None, color=colour, height=0.65, capsize=3)
-    panel.set_yticks(range(len(shown)), [line.name for line, _ in shown])
-    panel.invert_yaxis()
+        panel.errorbar(mean, place, xerr=spread or None, color=colour, marker="o", markersize=6, capsize=3)
+    panel.set_yticks(range(len(shown)), [", ".join(line.way.values()) or line.name for line, _ in shown])
+    panel.set_ylim(len(shown) - 0.4, -0.6)
     plain(panel)
 
 
