@@ -26,6 +26,7 @@ from ds_pretrain.sweep.spec import Budget, Cell, Spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
@@ -183,8 +184,28 @@ def _rows(found: Sequence[Line]) -> list[Row]:
 def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     """Markdown: the figures of one score."""
     yield f"**{asked.name}**: `{asked.by}` with {', '.join(f'{key} {value}' for key, value in asked.fields.items())}"
+    if asked.by == "memorised":
+        yield _recall_table(found, asked.name)
+        return
     columns = [column for column in scores(found) if column.startswith(f"{asked.name}/")]
     yield _markdown(found, columns, lambda column: _heading(column).partition("/")[2])
+
+
+def _recall_table(found: Sequence[Line], name: str) -> str:
+    """A row for each number of occurrences."""
+    header = ["occurrences in training (0: test split)"]
+    header += [f"{line.name}: {figure}" for line in found for figure in ("verbatim", "tried", "windows there")]
+    body = [
+        [column.rpartition("/")[2], *(_told(line, column + figure) for line in found for figure in ("", " tried", " there"))]
+        for column in _occurrences(found, name)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def _occurrences(found: Sequence[Line], name: str) -> list[str]:
+    """The columns of a memorisation score that are shares, from the rarest windows on."""
+    mine = [column for column in scores(found) if column.startswith(f"{name}/") and " " not in column.rpartition("/")[2]]
+    return sorted(mine, key=_first)
 
 
 def to_equal_quality(found: Sequence[Line], asked: Asked) -> Iterator[str]:
@@ -277,7 +298,7 @@ def _mean_and_spread(values: Sequence[float], tell: Callable[[float], str]) -> s
 
 def _format(column: str) -> Callable[[float], str]:
     figure = column.rpartition("/")[2]
-    if figure in ("texts", "tokens_scored") or figure.endswith(" tried"):
+    if figure in ("texts", "tokens_scored") or figure.endswith((" tried", " there")):
         return "{:,.0f}".format
     return "{:.2%}".format if figure in SHARES or figure[:1].isdigit() else "{:.4g}".format
 
@@ -337,7 +358,8 @@ def curves(found: Sequence[Line]) -> Figure:
         _tokens(panel)
     axes[0].set_ylabel("loss")
     if shown == "perplexity":
-        _plain_log(axes[1])
+        axes[1].set_yscale("log")
+        _plain_log(axes[1].yaxis)
     others = sorted({split for line in found for history in line.histories for split in _splits(history)})[1:]
     if others:
         axes[1].set_title(f"{name}; other marks: {', '.join(others)}", loc="left", fontsize=9)
@@ -374,9 +396,10 @@ def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
             _growing(panel, found, _figure_of(each, found), axis)
         else:
             _dots(panel, found, _figure_of(each, found))
-        for name, style in (("untrained", ":"), ("majority", "--")) if each.by == "probe" else ():
+        if each.by == "probe":
             draw = panel.axhline if axis else panel.axvline
-            draw(_mean(found, f"{each.name}/{name}"), color=GREY, linestyle=style, linewidth=1.2, label=name)
+            draw(_mean(found, f"{each.name}/majority"), color=GREY, linestyle="--", linewidth=1.2, label="majority")
+            _untrained(panel, found, f"{each.name}/untrained", bool(axis))
     for panel in places[len(drawn) :]:
         panel.set_visible(False)
     _legend(figure, places)
@@ -406,7 +429,19 @@ def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None
         at, means, spreads = map(np.array, zip(*points, strict=True))
         panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
     panel.set_xscale("log")
+    _plain_log(panel.xaxis)
     _tokens(panel, FIGURES[axis][0])
+
+
+def _untrained(panel: Axes, found: Sequence[Line], column: str, growing: bool) -> None:
+    """What the same networks do with initial weights: a level of each way, or a mark beside each point."""
+    if growing:
+        for mine, colour in zip(_ways(found, column).values(), cycle(COLOURS)):
+            panel.axhline(_mean(mine, column), color=colour, linestyle=":", linewidth=1.2)
+        panel.plot([], color=GREY, linestyle=":", label="untrained")
+        return
+    levels = [(statistics.fmean(line.values(column)), place) for place, line in enumerate(found) if line.values(column)]
+    panel.plot(*zip(*levels, strict=True), color=GREY, linestyle="", marker="|", markersize=12, label="untrained")
 
 
 def _dots(panel: Axes, found: Sequence[Line], column: str) -> None:
@@ -421,15 +456,21 @@ def _dots(panel: Axes, found: Sequence[Line], column: str) -> None:
 
 
 def _by_occurrence(panel: Axes, found: Sequence[Line], name: str) -> None:
-    mine = [column for column in scores(found) if column.startswith(f"{name}/") and not column.endswith(" tried")]
-    columns = sorted(mine, key=_first)
+    columns = _occurrences(found, name)
     places = {column: place for place, column in enumerate(columns)}
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         points = [(places[column], 100 * statistics.fmean(line.values(column))) for column in columns if line.values(column)]
         if points:
-            panel.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=line.name)
-    panel.set_xticks(range(len(columns)), [column.rpartition("/")[2] for column in columns])
-    panel.set(xlabel="occurrences in the training text (0: test split)", ylabel="%")
+            panel.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                label=", ".join(line.way.values()) or line.name,
+            )
+    panel.set_xticks(range(len(columns)), [f"{_first(column):,}" for column in columns])
+    panel.set(xlabel="occurrences in the training text, so many up to the next (0: test split)", ylabel="%")
     plain(panel)
 
 
@@ -459,14 +500,13 @@ def _tokens(panel: Axes, label: str = "tokens") -> None:
     plain(panel)
 
 
-def _plain_log(panel: Axes) -> None:
-    """A logarithmic axis with numbers as people write them."""
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+def _plain_log(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as people write them."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panel.yaxis.set_minor_locator(LogLocator(subs=()))
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=50))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -70,14 +70,19 @@ def probed(run: Run, texts: str) -> Figures:
 
 @SCORES.register("memorised")
 def memorised(run: Run, prompt: int = 32, tokens: int = 32, windows: int = 200) -> Figures:
-    """The share of training windows that come out verbatim, by how often they occur; 0: windows of the test split."""
+    """The share of training windows that come out verbatim, by how often they occur; 0: windows of the test split; how many
+    were tried, and how many different ones there are."""
     from ds_pretrain.evaluation.memorisation import memorised
 
     found = memorised(run.model, *texts_of(run.output), prompt, tokens, windows)
     return {
         name: value
         for each in found
-        for name, value in ((each.occurrences, each.share), (f"{each.occurrences} tried", each.tried))
+        for name, value in (
+            (each.occurrences, each.share),
+            (f"{each.occurrences} tried", each.tried),
+            (f"{each.occurrences} there", each.there),
+        )
     }
 
 

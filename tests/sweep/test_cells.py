@@ -259,8 +259,11 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     assert code == 0 and page.startswith("# Rates of learning\n\nWhich is best?\n\n    ds-pretrain sweep run rates\n"), text
     assert "\n## What came of it\n\nThe lower, the slower.\n" in page and "Before, during" not in page
     lines = [line for line in page.splitlines() if line.startswith("| ")]
+    known = sum(column.startswith("recall/") and " " not in column for column in first)
     assert (
-        len(lines) == 2 + 3 + 3 * (2 + 2) and "lr=1e+30 (failed after step" in page and "**words**: `probe` with texts" in page
+        len(lines) == 2 + 3 + 2 * (2 + 2) + 2 + known
+        and "lr=1e+30 (failed after step" in page
+        and "**words**: `probe` with texts" in page
     )
     assert f"| 0.001 | 1 of 1 | {first['clean/loss']:.4g} |" in page
     assert "Validation figures are means over" in page
