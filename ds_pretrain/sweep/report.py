@@ -359,7 +359,7 @@ def curves(found: Sequence[Line]) -> Figure:
     axes[0].set_ylabel("loss")
     if shown == "perplexity":
         axes[1].set_yscale("log")
-        _plain_log(axes[1].yaxis)
+        _plain_log(axes[1].yaxis, (1, 1.5, 2, 3, 4, 5, 7))
     others = sorted({split for line in found for history in line.histories for split in _splits(history)})[1:]
     if others:
         axes[1].set_title(f"{name}; other marks: {', '.join(others)}", loc="left", fontsize=9)
@@ -383,7 +383,7 @@ def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping
 
 def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
     """Each score in a panel; where cells differ by their tokens, against these, and against what the loss was a sum over."""
-    growing = len({round(math.log(tokens), 1) for line in found for tokens in line.values("tokens")[:1]}) > 1
+    growing = len({", ".join(line.way.values()) for line in found}) < len(found)  # under several budgets
     axes = ("tokens", "loss_tokens") if growing else ("",)
     drawn = [(each, axis) for each in asked for axis in (axes if each.by != "memorised" else ("",))]
     width = min(2, len(drawn))
@@ -429,7 +429,7 @@ def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None
         at, means, spreads = map(np.array, zip(*points, strict=True))
         panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
     panel.set_xscale("log")
-    _plain_log(panel.xaxis)
+    _plain_log(panel.xaxis, (1, 2, 5))
     _tokens(panel, FIGURES[axis][0])
 
 
@@ -500,11 +500,11 @@ def _tokens(panel: Axes, label: str = "tokens") -> None:
     plain(panel)
 
 
-def _plain_log(axis: Axis) -> None:
+def _plain_log(axis: Axis, numbers: Sequence[float]) -> None:
     """Ticks of a logarithmic axis as people write them."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=50))
+    axis.set_major_locator(LogLocator(subs=numbers, numticks=50))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set_minor_locator(NullLocator())
 
