@@ -69,11 +69,11 @@ def _chosen(weighed: np.ndarray, size: int) -> tuple[int, frozenset[int]]:
     if not size:
         return int(keys[-1]) + 1, frozenset()
     whole = int(np.searchsorted(np.cumsum(sizes), size, "right"))
-    left, more = size - int(sizes[:whole].sum()), []
-    for key, needs in zip(keys[whole:].tolist(), sizes[whole:].tolist(), strict=True):
-        if needs <= left:
-            left -= needs
-            more.append(key)
+    left, more, at = size - int(sizes[:whole].sum()), list[int](), whole
+    while len(fits := np.flatnonzero(sizes[at:] <= left)):
+        at += int(fits[0]) + 1
+        left -= int(sizes[at - 1])
+        more.append(int(keys[at - 1]))
     return int(keys[whole]) if whole < len(keys) else int(keys[-1]) + 1, frozenset(more)
 
 

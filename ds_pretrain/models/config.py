@@ -184,7 +184,7 @@ class ModelConfig(BaseModel):
             ("output embedding", 0 if self.tie_embeddings else self.vocab_size * h),
         ]
 
-    def flops(self, attended: float, tokens: int, scored: int, embedding: int | None = None) -> float:
+    def flops(self, attended: float, tokens: float, scored: float, embedding: int | None = None) -> float:
         """Model FLOPs of one training step, forward and backward, without recomputation.
 
         attended: pairs (query, key) that the mask lets through; tokens: real tokens, padding left out; scored: positions

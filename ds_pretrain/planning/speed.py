@@ -8,7 +8,9 @@ holds all that is neither product nor sending, such as norms, the optimizer and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from ds_pretrain.config import RunConfig
 from ds_pretrain.models.config import ModelConfig
@@ -17,18 +19,32 @@ from ds_pretrain.planning.traffic import Collective, Cost, predicted
 
 RECOMPUTED = 4 / 3
 """Products with activation checkpointing, over those without: the forward pass is done twice."""
+ROWS = 64
+"""Rows that are made to see what an objective makes of them."""
 
 
 def step_flops(config: RunConfig, model: ModelConfig) -> float:
-    """Model FLOPs of a step whose rows are one document each, with as many positions scored as the objective promises."""
-    objective, rows, length = config.make_objective(), config.batch.global_size, config.batch.seq_len
-    pairs = rows * length * (length + 1) / 2 if objective.kind == "causal" else rows * length**2
-    rates = [objective.expected.get(f"{head.name}/rate", 1.0) for head in objective.heads if head.classes is None]
-    scored = round(rows * length * min(1.0, sum(rates)))
-    if objective.generator is None:
-        return model.flops(pairs, rows * length, scored)
-    small = model.narrower(objective.generator[1])
-    return model.flops(pairs, rows * length, 0) + small.flops(pairs, rows * length, scored, model.hidden)
+    """Model FLOPs of a step whose rows an objective makes of documents that are as long as they may be: with the padding, the
+    masks and the scored positions that these have."""
+    from ds_pretrain.training.metrics import counted_flops
+
+    counts = _of_a_row(json.dumps(config.objective, sort_keys=True), config.batch.seq_len)
+    return counted_flops(model, config.make_objective(), *(config.batch.global_size * each for each in counts))
+
+
+@cache
+def _of_a_row(objective: str, length: int) -> tuple[float, float, float]:
+    """Pairs attended, positions and scored positions of a row, from a few that are made of random text. objective: in JSON."""
+    from ds_pretrain.data.dataset import Cursor
+    from ds_pretrain.data.loader import Loader
+    from ds_pretrain.objectives import create
+    from ds_pretrain.planning.memory import random_text
+    from ds_pretrain.training.metrics import counts
+
+    made = create(**json.loads(objective))
+    with Loader(random_text(made, length, ROWS), ROWS, ROWS, 0, 1, Cursor()) as loader:
+        attended, tokens, scored = counts(made, next(loader).batches)
+    return attended / ROWS, tokens / ROWS, scored / ROWS
 
 
 def step_seconds(

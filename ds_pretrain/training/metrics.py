@@ -167,9 +167,18 @@ def step_flops(model: ModelConfig, objective: Objective, batches: Sequence[Batch
 
     Counted are the pairs that the masks let through and the positions that are scored, not the whole square and rows.
     """
+    return counted_flops(model, objective, *counts(objective, batches))
+
+
+def counts(objective: Objective, batches: Sequence[Batch]) -> tuple[float, int, int]:
+    """Pairs that are attended, positions that are not padding, positions at which words are predicted."""
     words = [head.name for head in objective.heads if head.classes is None]
     scored = sum(int((batch.targets[name].weights != 0).sum()) for batch in batches for name in words)
-    attended, tokens = attended_pairs(batches), real_tokens(batches)
+    return attended_pairs(batches), real_tokens(batches), scored
+
+
+def counted_flops(model: ModelConfig, objective: Objective, attended: float, tokens: float, scored: float) -> float:
+    """Model FLOPs of training on so much."""
     if objective.generator is None:
         return model.flops(attended, tokens, scored)
     small = model.narrower(objective.generator[1])
