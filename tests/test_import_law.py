@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "planning": {"core", "objectives", "data", "parallel", "models", "training", "evaluation"},
     "training": {"core", "objectives", "data", "parallel", "models", "evaluation"},
     "evaluation": {"core", "objectives", "data", "parallel", "models", "training"},
-    "sweep": {"core", "objectives", "data", "models", "parallel", "training", "evaluation"},
+    "sweep": {"core", "objectives", "data", "models", "parallel", "planning", "training", "evaluation"},
 }
 ROOMS = set(MAY_IMPORT)
 ONLY_IN = {
