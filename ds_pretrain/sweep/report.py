@@ -64,6 +64,10 @@ class Line(NamedTuple):
         """What varies but for the budget."""
         return {axis: label for axis, label in self.labels.items() if axis not in Budget.model_fields}
 
+    @property
+    def way_name(self) -> str:
+        return ", ".join(self.way.values())
+
     def values(self, column: str) -> list[float]:
         """Of the cells that have finished."""
         return [
@@ -151,7 +155,7 @@ def way(found: Sequence[Line]) -> Iterator[str]:
     ]
     header = [*axes, "text", "targets", "figure", *(f"step {step:,}" for step in steps)]
     yield "Before, during and after:"
-    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    yield _grid(header, body)
 
 
 def _evaluated_first(history: History) -> bool:
@@ -199,7 +203,7 @@ def _recall_table(found: Sequence[Line], name: str) -> str:
         [column.rpartition("/")[2], *(_told(line, column + figure) for line in found for figure in ("", " tried", " there"))]
         for column in _occurrences(found, name)
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    return _grid(header, body)
 
 
 def _occurrences(found: Sequence[Line], name: str) -> list[str]:
@@ -226,7 +230,7 @@ def to_equal_quality(found: Sequence[Line], asked: Asked) -> Iterator[str]:
                            for axis, base in zip(axes, spent, strict=True))])  # fmt: skip
     figure = _heading(column).partition("/")[2]
     yield f"To equal {figure}, interpolated, and how many times as much (mean ± deviation of a seed):"
-    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    yield _grid(header, body)
 
 
 def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
@@ -234,7 +238,7 @@ def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
     ways: dict[str, list[Line]] = {}
     for line in found:
         if line.values(column):
-            ways.setdefault(", ".join(line.way.values()), []).append(line)
+            ways.setdefault(line.way_name, []).append(line)
     return ways or {"": []}
 
 
@@ -264,6 +268,11 @@ def _reached(points: Sequence[tuple[float, float]], level: float) -> float:
     return math.inf
 
 
+def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
 def _markdown(found: Sequence[Line], columns: Sequence[str], heading: Callable[[str], str]) -> str:
     axes = list(dict.fromkeys(axis for line in found for axis in line.labels))
     header = [*axes, "finished", *map(heading, columns)]
@@ -271,7 +280,7 @@ def _markdown(found: Sequence[Line], columns: Sequence[str], heading: Callable[[
         [*(line.labels.get(axis, "") for axis in axes), _finished(line), *(_told(line, column) for column in columns)]
         for line in found
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    return _grid(header, body)
 
 
 def _finished(line: Line) -> str:
@@ -351,7 +360,7 @@ def curves(found: Sequence[Line]) -> Figure:
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
-        for history, label in zip(sound, [", ".join(line.way.values()) or line.name, *[None] * len(sound)], strict=False):
+        for history, label in zip(sound, [line.way_name or line.name, *[None] * len(sound)], strict=False):
             _draw_run(axes, history, shown, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
     for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):
         panel.set_title(title, loc="left", fontsize=11)
@@ -383,7 +392,7 @@ def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping
 
 def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
     """Each score in a panel; where cells differ by their tokens, against these, and against what the loss was a sum over."""
-    growing = len({", ".join(line.way.values()) for line in found}) < len(found)  # under several budgets
+    growing = len({line.way_name for line in found}) < len(found)  # under several budgets
     axes = ("tokens", "loss_tokens") if growing else ("",)
     drawn = [(each, axis) for each in asked for axis in (axes if each.by != "memorised" else ("",))]
     width = min(2, len(drawn))
@@ -450,7 +459,7 @@ def _dots(panel: Axes, found: Sequence[Line], column: str) -> None:
     for place, (line, colour) in enumerate(shown):
         mean, spread = _spread(line.values(column))
         panel.errorbar(mean, place, xerr=spread or None, color=colour, marker="o", markersize=6, capsize=3)
-    panel.set_yticks(range(len(shown)), [", ".join(line.way.values()) or line.name for line, _ in shown])
+    panel.set_yticks(range(len(shown)), [line.way_name or line.name for line, _ in shown])
     panel.set_ylim(len(shown) - 0.4, -0.6)
     plain(panel)
 
@@ -467,7 +476,7 @@ def _by_occurrence(panel: Axes, found: Sequence[Line], name: str) -> None:
                 linestyle=style,
                 marker="o",
                 markersize=4,
-                label=", ".join(line.way.values()) or line.name,
+                label=line.way_name or line.name,
             )
     panel.set_xticks(range(len(columns)), [f"{_first(column):,}" for column in columns])
     panel.set(xlabel="occurrences in the training text, so many up to the next (0: test split)", ylabel="%")
