@@ -100,13 +100,15 @@ stop, note = partial(Verdict, True), partial(Verdict, False)
 class Findings:
     """What is known of a cluster; folders and clocks by the first rank of each node, as far as the examination came.
 
-    reduced: bytes a second of each rank in an all-reduce; 0: not measured. cut: why the examination did not come to its end.
+    links: between the first ranks of nodes; inside: between the GPUs of each node. reduced: bytes a second of each rank in an
+    all-reduce; 0: not measured. cut: why the examination did not come to its end.
     """
 
     ranks: Sequence[Rank] = ()
     folders: Mapping[int, Folder] = field(default_factory=dict)
     clocks: Mapping[int, Clock] = field(default_factory=dict)
     links: Sequence[Link] = ()
+    inside: Sequence[Link] = ()
     reduced: float = 0.0
     cut: Sequence[str] = ()
 
@@ -124,6 +126,19 @@ class Findings:
         """The first rank of each node."""
         return sorted({node: rank for rank, node in reversed([*enumerate(self.nodes)])}.values())
 
+    @property
+    def gpus(self) -> list[list[int]]:
+        """Of each node the ranks that stand for its GPUs, the first of those that share one; none without CUDA."""
+        if not all(rank.uuid for rank in self.ranks):
+            return []
+        nodes = by_node(self).values()
+        return [sorted({rank.uuid: number for number, rank in reversed(ranks.items())}.values()) for ranks in nodes]
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing comes through some link."""
+        return any(link.error for link in chain(self.links, self.inside))
+
     def problems(self) -> list[str]:
         """What must stop a job."""
         return [*self.cut, *(verdict.text for verdict in self._verdicts() if verdict.stops)]
@@ -133,13 +148,14 @@ class Findings:
         return [verdict.text for verdict in self._verdicts() if not verdict.stops]
 
     def _verdicts(self) -> Iterator[Verdict]:
-        return chain.from_iterable(judge(self) for judge in (differing, devices, folders, clocks, links, computing))
+        return chain.from_iterable(judge(self) for judge in (differing, devices, folders, clocks, links, inside, computing))
 
     def tables(self) -> list[Table]:
         """Nodes and links, as far as there are several of them, and what the nodes have in common."""
         from ds_pretrain.parallel import diagnosis_table as shown
 
-        return [shown.nodes(self), *([shown.links(self)] if self.links else []), shown.facts(self)] if self.ranks else []
+        between, inside = [shown.links(self)] if self.links else [], [shown.inside(self)] if self.inside else []
+        return [shown.nodes(self), *between, *inside, shown.facts(self)] if self.ranks else []
 
 
 def few(names: Sequence[str], separator: str = ", ") -> str:
@@ -273,22 +289,12 @@ def clocks(found: Findings) -> Iterator[Verdict]:
 
 
 def links(found: Findings) -> Iterator[Verdict]:
-    """Pairs through which nothing comes, nodes whose links are slow beside those of the others, a network that is slow."""
-    nodes = found.nodes
-    broken = {_pair(link): link.error for link in found.links if link.error}
-    for (a, b), error in broken.items():
-        yield stop(
-            f"{nodes[a]} and {nodes[b]} do not get through to each other ({error}): look at the cable, the routes and the "
-            "firewalls between the two, or start the job without one of them"
-        )
-    rates = node_rates(found.links)
-    typical = median_high(rates.values()) if rates else SLOW_NETWORK
-    for rank, rate in rates.items():
-        if rate < SLOW_LINK * typical:
-            yield note(
-                f"{nodes[rank]} is slow: its links carry {told_rate(rate)}, those of a usual node {told_rate(typical)}; look "
-                "at its cable, its port and its interface, or start the job without it"
-            )
+    """Pairs of nodes through which nothing comes, nodes whose links are slow beside those of others, a network that is slow."""
+    yield from _uneven(
+        found.links, found.nodes, "node", "look at the cable, the routes and the firewalls between the two, or start the job "
+        "without one of them", "look at its cable, its port and its interface, or start the job without it",
+    )  # fmt: skip
+    typical = median_high(end_rates(found.links).values() or [SLOW_NETWORK])
     if typical < SLOW_NETWORK:
         yield note(
             f"nodes are joined by {told_rate(typical)} only: if there is a faster network, choose its interface by "
@@ -296,8 +302,25 @@ def links(found: Findings) -> Iterator[Verdict]:
         )
 
 
-def node_rates(found: Sequence[Link]) -> dict[int, float]:
-    """The median of each node's pairs, of which the slower direction counts: bytes a second by the node's first rank."""
+def inside(found: Findings) -> Iterator[Verdict]:
+    """The same of the GPUs of each node, held against those of all nodes."""
+    fix = "look at `nvidia-smi topo -m` and `nvidia-smi nvlink -s` there, or start the job without this node"
+    yield from _uneven(found.inside, [f"rank {n} on {node}" for n, node in enumerate(found.nodes)], "GPU", fix, fix)
+
+
+def _uneven(found: Sequence[Link], names: Sequence[str], kind: str, joining: str, hastening: str) -> Iterator[Verdict]:
+    for (a, b), error in {_pair(link): link.error for link in found if link.error}.items():
+        yield stop(f"{names[a]} and {names[b]} do not get through to each other ({error}): {joining}")
+    rates = end_rates(found)
+    typical = median_high(rates.values() or [0.0])
+    for end, rate in rates.items():
+        if rate < SLOW_LINK * typical:
+            told = f"its links carry {told_rate(rate)}, those of a usual {kind} {told_rate(typical)}"
+            yield note(f"{names[end]} is slow: {told}; {hastening}")
+
+
+def end_rates(found: Sequence[Link]) -> dict[int, float]:
+    """The median of each rank's pairs, of which the slower direction counts: bytes a second by rank."""
     pairs: dict[tuple[int, int], float] = {}
     for link in found:
         if not link.error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
 from ds_pretrain.parallel import diagnosis
-from ds_pretrain.parallel.diagnosis import GB, Clock, Findings, Folder, few, told_flops, told_rate
+from ds_pretrain.parallel.diagnosis import GB, Clock, Findings, Folder, Link, few, told_flops, told_rate
 
 ROWS = 12
 """Links in a table."""
@@ -19,7 +21,7 @@ def nodes(found: Findings) -> Table:
     heads = ["node", "ranks", "memory free", "load", "computes"]
     disk = ["disk free", "seen", "writes"] if found.folders else []
     several = ["clock", "links"] if len(found.leaders) > 1 else []
-    table, rates = Table(*heads, *disk, *several, title=title, caption=reduced), diagnosis.node_rates(found.links)
+    table, rates = Table(*heads, *disk, *several, title=title, caption=reduced), diagnosis.end_rates(found.links)
     for node, ranks in diagnosis.by_node(found).items():
         rank, first = next(iter(ranks.items()))
         free, total = min((each.free, each.total) for each in ranks.values())
@@ -43,16 +45,26 @@ def _folder(folder: Folder | None) -> list[str]:
 
 
 def links(found: Findings) -> Table:
-    """The slowest links."""
-    nodes, several = found.nodes, len(found.leaders)
-    slowest = sorted(found.links, key=lambda link: link.rate)[:ROWS]
-    title = f"links: {len(found.links)} of {several * (several - 1)} directions"
+    """The slowest links between nodes."""
+    several = len(found.leaders)
+    return _slowest(found.links, found.nodes, f"links: {len(found.links)} of {several * (several - 1)} directions")
+
+
+def inside(found: Findings) -> Table:
+    """The slowest links between GPUs of a node."""
+    several = sum(len(gpus) * (len(gpus) - 1) for gpus in found.gpus)
+    names = [f"rank {number} on {node}" for number, node in enumerate(found.nodes)]
+    return _slowest(found.inside, names, f"links inside nodes: {len(found.inside)} of {several} directions")
+
+
+def _slowest(found: Sequence[Link], names: Sequence[str], title: str) -> Table:
+    slowest = sorted(found, key=lambda link: link.rate)[:ROWS]
     table = Table("from", "to", "carries", "latency", title=title)
     for link in slowest:
         carries = ("nothing", "-") if link.error else (told_rate(link.rate), f"{link.latency * 1000:.3f} ms")
-        table.add_row(escape(nodes[link.source]), escape(nodes[link.target]), *carries)
-    if len(found.links) > ROWS:
-        table.add_row("...", "", "", f"{len(found.links) - ROWS} faster")
+        table.add_row(escape(names[link.source]), escape(names[link.target]), *carries)
+    if len(found) > ROWS:
+        table.add_row("...", "", "", f"{len(found) - ROWS} faster")
     return table
 
 

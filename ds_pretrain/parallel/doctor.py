@@ -46,7 +46,7 @@ _BOARDS = itertools.count()
 def examine(output: Path | None, seconds: float) -> Findings:
     """Examine the nodes of this job (collective over all ranks of the default group; the same findings on every rank).
 
-    output: the folder that all nodes must share; None: disks are left out. seconds: for the links between nodes, which take
+    output: the folder that all nodes must share; None: disks are left out. seconds: for the links of nodes and GPUs, which take
     about so long; 0: they are left out. All else takes about a second. Raises nothing for a rank that fails or is silent: that
     is a problem among the findings, and the examination ends there.
     """
@@ -60,8 +60,11 @@ def examine(output: Path | None, seconds: float) -> Findings:
             found = replace(found, folders=_folders(board, output, leaders))
             found = replace(found, clocks=_clocks(board, leaders))
             if seconds and len(leaders) > 1:
-                found = replace(found, links=tournament(board, leaders, device, 0.75 * seconds))
-            if seconds and board.world > 1 and not any(link.error for link in found.links):
+                found = replace(found, links=tournament(board, "links between nodes", [leaders], device, 0.5 * seconds))
+            if seconds and max(map(len, found.gpus), default=1) > 1 and not found.broken:
+                inside = tournament(board, "links between GPUs of a node", found.gpus, device, 0.25 * seconds)
+                found = replace(found, inside=inside)
+            if seconds and board.world > 1 and not found.broken:
                 found = replace(found, reduced=all_reduce_rate(board, device, 0.125 * seconds))
         except CutShortError as error:
             found = replace(found, cut=error.found)

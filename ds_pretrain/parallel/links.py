@@ -1,9 +1,10 @@
 """What the network between nodes carries: whether each node reaches each, latency and bandwidth of pairs, an all-reduce.
 
 One rank of each node plays a round-robin tournament: in a round every node has one partner, so disjoint pairs measure at the
-same time and n nodes need n - 1 rounds. Messages grow until one takes its share of the time there is, so a slow link costs as
-long as a fast one. The transport is that of training, NCCL with CUDA and gloo without; of a node with many network cards one
-rank uses one, and only the all-reduce over all ranks uses them all.
+same time and n nodes need n - 1 rounds; the GPUs of each node then do the same among themselves, all nodes at once. Messages
+grow until one takes its share of the time there is, so a slow link costs as long as a fast one. The transport is that of
+training, NCCL with CUDA and gloo without; of a node with many network cards one rank uses one, and only the all-reduce over all
+ranks uses them all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
+from itertools import chain, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -59,13 +61,16 @@ def grown(size: int, took: float, share: float) -> int:
     return min(LARGE, GROWTH * size, math.ceil(size * share / max(took, 1e-9)))
 
 
-def tournament(board: Board, leaders: Sequence[int], device: torch.device, seconds: float) -> list[Link]:
-    """Both directions of pairs of `leaders`, a rank of each node, in about so many seconds (collective over all ranks).
+def tournament(board: Board, name: str, groups: Sequence[Sequence[int]], device: torch.device, seconds: float) -> list[Link]:
+    """Both directions of pairs in each of `groups` of ranks, in about so many seconds (collective over all ranks).
 
-    In a large cluster the time may end before every pair has met, after `ROUNDS` at the earliest. Stops after a round in which
-    a link is broken: a transport that has lost one message answers no other.
+    name: of the links, once on this board. groups: disjoint, rank 0 in one of them; all play at the same time. In a large
+    cluster the time may end before every pair has met, after `ROUNDS` at the earliest. Stops after a round in which a link is
+    broken: a transport that has lost one message answers no other.
     """
-    rounds, began, found = schedule(leaders), time.monotonic(), list[Link]()
+    played = zip_longest(*map(schedule, groups), fillvalue=[])
+    rounds = [[*chain.from_iterable(of_groups)] for of_groups in played]
+    players, began, found = sorted(chain.from_iterable(groups)), time.monotonic(), list[Link]()
     share = min(1.0, max(0.01, seconds / (3 * max(1, len(rounds)))))
     for number, pairs in enumerate(rounds, start=1):
         peer = next((a + b - board.rank for a, b in pairs if board.rank in (a, b)), None)
@@ -74,7 +79,7 @@ def tournament(board: Board, leaders: Sequence[int], device: torch.device, secon
             link = None if peer is None else _link(board.rank, peer, device, share)
             return link, time.monotonic() - began > seconds
 
-        told = board.gather(f"links between nodes, round {number}", play, leaders, _patience(device))
+        told = board.gather(f"{name}, round {number}", play, players, _patience(device))
         found += [Link(*link) for link, _ in told if link]
         late = told[0][1]  # rank 0's watch
         if (late and number >= ROUNDS) or any(link.error for link in found):

@@ -141,6 +141,28 @@ def test_a_broken_pair_is_named_once_and_a_slow_network_is_told():
     assert "joined by 11 MB/s only" in replace(found, links=slow).warnings()[0]
 
 
+def test_the_gpu_with_the_slow_links_is_named_and_a_broken_pair():
+    whole = sick(cluster(3), 5, uuid="GPU-2-0")
+    assert whole.gpus == [[0, 1], [2, 3], [4]], "ranks that share a GPU play once"
+    nodes = [[4 * node + local for local in range(4)] for node in range(3)]
+    rates = {pair: 20e9 if 6 in pair else 300e9 for node in nodes for pair in itertools.permutations(node, 2)}
+    ranks = [rank(number // 4, number % 4, visible=()) for number in range(12)]
+    found = Findings(ranks, inside=[Link(*pair, 1e-6, rate) for pair, rate in rates.items()])
+    assert found.gpus == nodes and not found.broken
+    [], [warning] = told(found)
+    assert warning.startswith(
+        "rank 6 on gpu01 is slow: its links carry 20.00 GB/s, those of a usual GPU 300.00 GB/s; look at `n"
+    )
+    [problem], [warning] = told(replace(found, inside=[Link(1, 3, 0, 0, "NCCL has not moved 8 bytes"), *found.inside]))
+    assert problem.startswith(
+        "rank 1 on gpu00 and rank 3 on gpu00 do not get through to each other (NCCL has not moved 8 bytes)"
+    )
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(found.tables()[1])
+    assert "36 of 36 directions" in console.export_text()
+    assert not replace(found, ranks=[rank(0, uuid="")]).gpus, "on CPUs a node has no links inside"
+
+
 def test_a_rank_that_computes_slowly_is_named():
     [], [warning] = told(sick(cluster(64), 77, flops=300e12))
     assert "rank 77 on gpu38 (50%)" in warning and "600.0 TFLOP/s" in warning
@@ -273,6 +295,20 @@ def examined(folder):
     told["hanging"] = gathered(3.0 * second, done=1.0, late=30.0)
     told["silent"] = gathered(6.0 * second, done=30.0 if second else 1.0, late=1.0)
     return told
+
+
+def played(groups):
+    """What ranks find that play in groups."""
+    start()
+    with doctor._board() as own:
+        own.meet()
+        return links.tournament(own, "links between GPUs of a node", groups, torch.device("cpu"), 0.2)
+
+
+def test_groups_of_unequal_size_play_at_the_same_time():
+    found = spawn(4, played, [[0, 2, 3], [1]])
+    assert sorted(link[:2] for link in found) == [*itertools.permutations((0, 2, 3), 2)]
+    assert all(link.rate > 1e6 and not link.error for link in found)
 
 
 @pytest.fixture(scope="module")
