@@ -75,7 +75,7 @@ def preflight(output: str | None) -> None:
         log.warning(warning)
     if wrong := found.problems():
         told = ConfigError("the nodes of this job", wrong)
-        if found.cut or any(link.error for link in found.links):  # which another start may get over
+        if found.cut or found.broken:  # which another start may get over
             raise ConnectionError(str(told))
         raise told
 

@@ -4,6 +4,8 @@
 # into the queue. After a failure, of saving too, it does so if `ds_pretrain restart` says so. SIGTERM is scancel: never back from
 # that.
 arguments=("$@") # of the batch script
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of one task of an array SLURM_JOB_ID is the whole array's
+job=${job:-$SLURM_JOB_ID}
 
 run_job() {
   local again="" cancelled="" code=0 logs=() pid
@@ -11,7 +13,7 @@ run_job() {
     mkdir -p "$DS_PRETRAIN_LOGS"
     logs=(--output "$DS_PRETRAIN_LOGS/%x-%j-task%t.out" --open-mode append)
   fi
-  trap 'again=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 # reaches the tasks, not this shell
+  trap 'again=yes; scancel --signal=USR1 "$job" || true' USR1 # reaches the tasks, not this shell
   trap 'cancelled=yes' TERM
   srun --kill-on-bad-exit=1 --wait=60 "${logs[@]}" "$@" &
   pid=$!
@@ -26,7 +28,7 @@ run_job() {
     ${DS_PRETRAIN_EXEC:-} python -m ds_pretrain restart ${again:+--signalled} "$code" "${arguments[@]}" && again=yes || again=""
   fi
   if [[ -n "$again" ]]; then
-    [[ -n "$cancelled" ]] || scontrol requeue "$SLURM_JOB_ID"
+    [[ -n "$cancelled" ]] || scontrol requeue "$job"
   fi
   exit "$code"
 }

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from ds_pretrain.config import RunConfig
 from ds_pretrain.core.differing import differing
 from ds_pretrain.core.exits import BUSY
 from ds_pretrain.core.files import BusyError, held, whole
@@ -48,24 +49,32 @@ class State(NamedTuple):
 
 
 def state(cell: Cell) -> State:
-    """Read a cell's folder. ValueError if it was run with other settings."""
-    ended, line = _ended(cell), last_line(cell.folder / "metrics.jsonl")
+    """Read a cell's folder. ValueError if it was begun with other settings."""
+    ended, line = noted(cell.folder), last_line(cell.folder / "metrics.jsonl")
     step, loss = line.get("step", 0), float(line["loss"]) if "loss" in line else None  # NaN is written as text
     if held(cell.folder / "lock"):
-        return State("running", step, loss, "")
-    if ended.get("status", "stopped") != "stopped":
-        return State(ended["status"], step, loss, ended["reason"])
-    return State("stopped" if step else "waiting", step, loss, "")
+        found = State("running", step, loss, "")
+    elif ended.get("status", "stopped") != "stopped":
+        found = State(ended["status"], step, loss, ended["reason"])
+    else:
+        found = State("stopped" if step else "waiting", step, loss, "")
+    if found.status != "waiting":
+        _agree(cell, ended)
+    return found
 
 
-def _ended(cell: Cell) -> dict[str, Any]:
-    ended = noted(cell.folder)
-    if ended and (changed := differing(ended["settings"], _settings(cell))):
+def _agree(cell: Cell, ended: Mapping[str, Any]) -> None:
+    """ValueError if a cell was noted with settings, its run file's among them, that it does not have now."""
+    if ended and (changed := differing(_filled(ended["settings"]), _settings(cell))):
         raise ValueError(
             f"{cell.folder} was run with other settings ({changed}): name what varies in the grid, choose another output, or "
             "remove it"
         )
-    return ended
+
+
+def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the defaults of fields that were not there when they were written."""
+    return RunConfig.model_validate(settings).model_dump(mode="json", exclude={"output"})
 
 
 def noted(folder: Path) -> dict[str, Any]:
@@ -76,8 +85,7 @@ def noted(folder: Path) -> dict[str, Any]:
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(json.dumps({"run": cell.run, **cell.overrides}))
-    return settings
+    return cell.config.model_dump(mode="json", exclude={"output"})
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -93,9 +101,10 @@ def last_line(path: Path) -> dict[str, Any]:
 
 
 def note(cell: Cell, status: Status, reason: str = "") -> None:
-    """Write down how a cell has ended."""
+    """Write down how a cell has ended; or that it begins ("stopped"), and with which settings."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    told = {"status": status, "reason": reason, "settings": _settings(cell)}
+    begun = noted(cell.folder).get("settings") if status != "stopped" else None
+    told = {"status": status, "reason": reason, "settings": begun or _settings(cell)}
     with whole(cell.folder / "cell.json") as file:
         file.write(json.dumps(told, indent=1).encode())
 
@@ -106,7 +115,9 @@ def train(cell: Cell) -> str:
     from ds_pretrain.runs import make_trainer, open_run
     from ds_pretrain.training.signals import InterruptedRun
 
-    if _ended(cell).get("status") == "finished":
+    ended = noted(cell.folder)
+    _agree(cell, ended)
+    if ended.get("status") == "finished":
         return f"{cell.name} has finished before: nothing is done"
     first = place().rank == 0
     try:
@@ -176,6 +187,16 @@ def _start(spec: str, cell: Cell, slot: int, at_once: int) -> subprocess.Popen[b
         )
 
 
+def crowded(ranks: int, at_once: int) -> str:
+    """What to know of cells that would share GPUs; nothing where each has its own, or there are none."""
+    import torch
+
+    devices, wanted = torch.cuda.device_count(), ranks * at_once
+    return f"{at_once} cells of {ranks} ranks share {devices} GPUs: --at-once {max(1, devices // ranks)} gives each its own" * (
+        0 < devices < wanted
+    )
+
+
 def _share(ranks: int, slot: int, at_once: int) -> dict[str, str]:
     """A cell's part of the machine: its GPUs, or its share of the cores."""
     import torch
@@ -204,7 +225,8 @@ def _last_words(cell: Cell) -> str:
 def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[str]) -> str:
     """Submit cells as a SLURM array of tasks, so many at a time; what sbatch answers.
 
-    The tasks read a copy of the sweep file, its base included, so that an edit of either changes no cell that waits.
+    The tasks read a copy of the sweep file, its base included, so that an edit of either changes no cell that waits; one whose
+    run file was edited meanwhile refuses to train.
     """
     if not Path("launchers/env.sh").is_file():
         raise ValueError(
@@ -215,6 +237,8 @@ def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[st
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)
     with whole(kept) as file:
         file.write(text)
+    for cell in cells:
+        note(cell, "stopped")
     numbers = ",".join(str(spec.cells.index(cell)) for cell in cells)
     command = [
         "sbatch",

@@ -30,7 +30,7 @@ REASON = 240
 """Characters of a reason in the table."""
 SCORES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy")
 """What is kept of the last evaluation."""
-OWN = ("seed", "objective", "tokens", "flops")
+OWN = ("run", "seed", "objective", "tokens", "flops", "model_flops")
 """Axes that have columns of their own, with what was reached."""
 LATEST = 0.05
 """The share of a run's steps at its end that its training loss is a mean of."""
@@ -90,14 +90,15 @@ def collect(spec: Spec) -> tuple[Path, Path]:
 
 
 def _row(cell: Cell, at: State, asked: list[Asked]) -> dict[str, Any]:
-    """A cell: what it is, what it cost, what it reached. parameters: N without embeddings; flops: 6 N tokens; model_flops: with
-    its masks and scored positions counted; loss_tokens: targets that the losses were sums over; loss: of the validation split
-    at the end, in nats per target; NAME/figure: of the sweep's scores."""
+    """A cell: what it is, what it cost, what it reached. run: its name; run_file: where that varies; parameters: N without
+    embeddings; flops: 6 N tokens; model_flops: with its masks and scored positions counted; loss_tokens: targets that the losses
+    were sums over; loss: of the validation split at the end, in nats per target; NAME/figure: of the sweep's scores."""
     config = cell.config
     size = parameters(config)
     row: dict[str, Any] = {
         "run": cell.name,
         "status": at.status,
+        **({"run_file": cell.run} if "run" in cell.labels else {}),
         **{axis: label for axis, label in cell.labels.items() if axis not in OWN},
         "objective": cell.labels.get("objective", config.objective["name"]),
         "seed": config.seed,
@@ -141,7 +142,7 @@ def _points(cell: Cell, row: dict[str, Any]) -> list[dict[str, Any]]:
     if not row["steps"]:
         return []
     history = History.read(cell.folder / "metrics.jsonl")
-    known = {key: row[key] for key in ("run", "objective", "seed", "parameters", "parameters_total")}
+    known = {key: row[key] for key in ("run", "status", "objective", "seed", "parameters", "parameters_total")}
     return [
         {
             **known,

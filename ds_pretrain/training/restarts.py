@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_pretrain.core.exits import BUSY, DIVERGED, MISTAKE
+from ds_pretrain.core.exits import BUSY, DIVERGED, FAILED, MISTAKE
 from ds_pretrain.core.files import held, json_lines
 
 LASTING = {MISTAKE: "a mistake in the run or its data", DIVERGED: "divergence"}
@@ -44,7 +44,7 @@ def why_not(output: Path, code: int, most: int, job: str = "", signalled: bool =
         return f"exit code {code} is {LASTING[code]}"
     if steps and not math.isfinite(float(steps[-1].get("loss", 0))):
         return f"its loss is {steps[-1]['loss']} after step {at}: {LASTING[DIVERGED]}"
-    if not (at or signalled):
+    if not (at or signalled or code == FAILED):
         return "it failed before its first step: see its log"
     if (output / "stop").exists():
         return f"{output / 'stop'} keeps it from training"

@@ -33,7 +33,7 @@ class InterruptedRun(Exception):
 
 
 class StopRequest:
-    """Inside `with`, the first signal is noted (a second one acts as it always does).
+    """Inside `with`, the first signal is noted; a second Ctrl-C or SIGTERM acts as it always does, a second SIGUSR1 is none.
 
     file: stops when it is there; None on ranks that do not look. minutes: stops when so many have passed; None: never.
     """
@@ -58,13 +58,12 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._restore()
+        self._restore(*self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        self._restore()
+        self._signal = self._signal or number
+        self._restore(*({signal.SIGINT, signal.SIGTERM} & self._before.keys()))
 
-    def _restore(self) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self._before = {}
+    def _restore(self, *which: int) -> None:
+        for each in which:
+            signal.signal(each, self._before.pop(each))

@@ -23,7 +23,10 @@ def missing(*more):
     if os.geteuid():
         return "network namespaces need root: sudo tests/cluster/install.sh, then sudo python3 run.py test tests/cluster"
     lacking = [tool for tool in ("ip", "sshd", "ssh-keygen", "nsenter", "unshare", *more) if not shutil.which(tool, path=PATH)]
-    return f"{', '.join(lacking)} missing: tests/cluster/install.sh installs what it takes" if lacking else None
+    if lacking:
+        return f"{', '.join(lacking)} missing: tests/cluster/install.sh installs what it takes"
+    allowed = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    return f"no namespaces here ({allowed.stderr.strip()}): start the container --privileged" if allowed.returncode else None
 
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -87,7 +87,9 @@ def test_a_killed_rank_ends_the_job_on_both_hosts(hosts, starts, tmp_path):
     killed = time.monotonic()
     said, _ = process.communicate(timeout=90)
     assert process.returncode != 0 and time.monotonic() - killed < 60, said
-    assert not hosts.run("host1", ["pgrep", "-f", "ds_pretrain --local_rank"]).stdout
+    while left := [host for host in hosts.names if hosts.run(host, ["pgrep", "-f", "ds_pretrain --local_rank"]).stdout]:
+        assert time.monotonic() - killed < 60, f"ranks are left on {left}"
+        time.sleep(0.5)
 
 
 def test_a_pulled_cable_ends_the_job_within_the_watchdogs_limit(hosts, starts, tmp_path):

@@ -40,7 +40,11 @@ class Job:
         )  # fmt: skip
 
     def log(self):
-        return Path(f"{self.out}.log").read_text(errors="replace")[-4000:]
+        return Path(f"{self.out}.log").read_text(errors="replace")
+
+    def went_on(self):
+        """Whether it goes on from a checkpoint: from step 0 the losses would be the same."""
+        return "resuming at step" in self.log()
 
     def trains(self, step=5):
         """Wait until this step is logged."""
@@ -98,7 +102,7 @@ def test_a_job_that_is_signalled_saves_and_goes_on_with_the_same_losses(cluster,
     job.comes_back()
     assert max(losses(job.out)) < len(expected)
     assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
-    assert "SIGUSR1: stopped after step" in job.log() and "resuming at step" in job.log()
+    assert "SIGUSR1: stopped after step" in job.log() and job.went_on(), job.log()
 
 
 def test_a_job_that_is_cancelled_stays_dead(cluster, run_file, tmp_path):
@@ -115,7 +119,7 @@ def test_a_killed_rank_ends_the_job_which_starts_again(cluster, run_file, expect
     job.trains(12)
     cluster.run("node2", ["pkill", "-9", "-o", "-f", "python -m ds_pretrain train"])
     job.comes_back()
-    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+    assert job.ended() == "COMPLETED" and unbroken(job.out, expected) and job.went_on(), job.log()
     (failure,) = map(json.loads, (job.out / "failures.jsonl").read_text().splitlines())
     assert failure["step"] >= 12 and failure["code"]
 
@@ -133,6 +137,7 @@ def test_a_run_of_higher_priority_takes_the_nodes_and_gives_them_back(cluster, r
     low.comes_back()
     assert cluster.ended(high) == "COMPLETED"
     assert low.ended() == "COMPLETED" and unbroken(low.out, expected), low.log()
+    assert "SIGUSR1: stopped after step" in low.log() and low.went_on(), low.log()
 
 
 def test_a_lost_node_is_got_over_without_it(cluster, run_file, expected, tmp_path):
@@ -141,7 +146,7 @@ def test_a_lost_node_is_got_over_without_it(cluster, run_file, expected, tmp_pat
     with cluster.spare() as third:
         cluster.crash("node2")
         job.comes_back()
-        assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+        assert job.ended() == "COMPLETED" and unbroken(job.out, expected) and job.went_on(), job.log()
         assert cluster.states("node2")["node2"].startswith("down")
         assert cluster.job(job.number)["NodeList"] == f"node[1,{third[-1]}]"
     cluster.boot("node2")
@@ -153,19 +158,35 @@ def submitted(cluster, run_file, tmp_path_factory):
     """A sweep of three cells, one of which diverges, submitted as an array: its file and the array's number."""
     folder = tmp_path_factory.mktemp("array")
     path = folder / "sweep.yaml"
-    values = {"run": str(run_file), "output": str(folder / "out"), "set": {"train.max_steps": 20, "train.eval_tokens": 2000}}
-    path.write_text(yaml.safe_dump({**values, "grid": {"optimizer.lr": [1e-3, 3e-3, 1e30]}}))
+    values = {"run": str(run_file), "output": str(folder / "out"), "set": {"train.max_steps": 400, "train.eval_tokens": 2000}}
+    path.write_text(yaml.safe_dump({**values, "grid": {"optimizer.lr": [1e30, 1e-3, 3e-3]}}))
     ran = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path, "--", "--time=30", "--parsable"])
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return path, re.search(r"3 cells: (\d+)", ran.stdout)[1]
 
 
+def test_a_cell_that_is_signalled_comes_back_alone(cluster, submitted):
+    """The one whose job has the number of the whole array."""
+    path, array = submitted
+    spec = read(str(path))
+    cluster.wait(lambda: all(max(losses(cell.folder), default=0) > 5 for cell in spec.cells[1:]), 120, "cells do not train")
+    assert cluster.ended(f"{array}_0", 60) == "FAILED"
+    (master,) = (task for task in range(3) if cluster.job(f"{array}_{task}")["JobId"] == array)
+    assert master, "it trains"
+    cluster.client("scancel", "--batch", "--signal=USR1", f"{array}_{master}")
+    assert cluster.ended(f"{array}_{master}", 240) == "COMPLETED"
+    restarts = [int(cluster.job(f"{array}_{task}")["Restarts"]) for task in range(3)]
+    assert restarts == [int(task == master) for task in range(3)]
+    log = (spec.folder / "slurm" / f"{array}_{master}.out").read_text()
+    assert "SIGUSR1: stopped after step" in log and "resuming at step" in log
+
+
 def test_an_array_runs_each_cell_and_tells_which_failed(cluster, submitted):
     path, array = submitted
-    assert sorted(cluster.ended(f"{array}_{task}", 400) for task in range(3)) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert [cluster.ended(f"{array}_{task}", 400) for task in range(3)] == ["FAILED", "COMPLETED", "COMPLETED"]
     found = [*states(read(str(path))).values()]
-    assert [at.status for at in found] == ["finished", "finished", "failed"]
-    assert "diverged at step" in found[2].reason and "lower optimizer.lr" in found[2].reason
+    assert [at.status for at in found] == ["failed", "finished", "finished"]
+    assert "diverged at step" in found[0].reason and "lower optimizer.lr" in found[0].reason
     again = cluster.run("head", [sys.executable, "-m", "ds_pretrain", "sweep", "submit", path])
     assert "nothing to submit" in again.stdout, again.stderr
 

@@ -161,7 +161,17 @@ def test_the_cells_are_one_tidy_table(swept):
     table = pyarrow.parquet.read_table(path.parent / "out/cells.parquet")
     assert table.column_names == list(first) and table.num_rows == 3
     points = list(csv.DictReader((path.parent / "out/curves.csv").open()))
-    assert [(row["run"], int(row["step"])) for row in points] == [("lr=0.001", STEPS), ("lr=0.003", STEPS)]
+    told = [(row["run"], row["status"], int(row["step"])) for row in points]
+    assert told == [("lr=0.001", "finished", STEPS), ("lr=0.003", "finished", STEPS)]
+
+
+def test_run_files_that_vary_and_a_compute_that_is_asked_for_have_columns_of_their_own(run_file, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(run_file.read_text())
+    grid = {"run": [str(run_file), str(other)], "optimizer.lr": [1e-3, 3e-3]}
+    rows = results.rows(read(str(sweep_file(run_file, tmp_path / "runs", grid, budget={"model_flops": [1e10]}))))
+    assert len({row["run"] for row in rows}) == 4 and [row["run_file"] for row in rows[1:3]] == [str(run_file), str(other)]
+    assert all("model_flops" not in row for row in rows), "it is what was reached, not what was asked for"
 
 
 def test_a_collected_sweep_is_what_scaling_laws_are_fitted_to(run_file, tmp_path):
@@ -196,7 +206,7 @@ def test_a_stopped_cell_goes_on_and_a_killed_one_is_told(run_file, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert cells.state(stopped).status == "stopped" and "killed by signal 9 after step" in cells.state(killed).reason
-    with pytest.raises(ValueError, match=r"run with other settings \(optimizer.lr: None -> 0.5\)"):
+    with pytest.raises(ValueError, match=r"run with other settings \(optimizer.lr: \S+ -> 0.5\)"):
         cells.state(replace(stopped, settings={**stopped.settings, "optimizer.lr": 0.5}))
     assert said("run", path, "--again")[0] == 0
     assert set(statuses(path).values()) == {"finished"}
@@ -214,7 +224,14 @@ def test_other_settings_under_the_same_name_are_refused(swept, run_file):
     other = path.with_name("other.yaml")
     other.write_text(path.read_text() + "set: {batch.global_size: 16}\n")
     code, text = said("status", other)
-    assert code == 2 and "run with other settings (batch.global_size: None -> 16)" in text.replace("\n", " ")
+    assert code == 2 and "run with other settings (batch.global_size: 8 -> 16)" in text.replace("\n", " ")
+
+
+def test_cells_that_would_share_gpus_are_told(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert cells.crowded(4, 2) == "" and "--at-once 2 gives each its own" in cells.crowded(4, 3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cells.crowded(4, 3) == ""
 
 
 def test_cells_of_several_ranks_give_the_same_losses(swept, run_file, tmp_path):
@@ -342,7 +359,9 @@ def test_an_edit_of_a_sweep_or_its_base_changes_no_cell_that_waits(run_file, tmp
     (tmp_path / "sbatch").write_text("#!/bin/sh\nfor last; do :; done\necho $last\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    base = sweep_file(run_file, tmp_path / "base", {"seed": [0, 1, 2]})
+    own = tmp_path / "run.yaml"
+    own.write_text(run_file.read_text())
+    base = sweep_file(own, tmp_path / "base", {"seed": [0, 1, 2]})
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({"base": str(base), "output": str(tmp_path / "out"), "set": {"train.max_steps": 4}}))
     spec = read(str(path))
@@ -350,3 +369,7 @@ def test_an_edit_of_a_sweep_or_its_base_changes_no_cell_that_waits(run_file, tmp
     for each in (base, path):
         each.write_text("")
     assert read(kept).cells == spec.cells
+    own.write_text(run_file.read_text().replace("warmup_steps: 2", "warmup_steps: 3"))
+    with pytest.raises(ValueError, match=r"seed=1 was run with other settings \(optimizer.warmup_steps: 2 -> 3\)"):
+        cells.train(read(kept).cells[1])
+    assert cells.state(read(kept).cells[1]).status == "waiting", "here, or submitted again, it may have them"

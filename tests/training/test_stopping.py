@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ds_pretrain.core.exits import BUSY, HUNG
+from ds_pretrain.core.exits import BUSY, FAILED, HUNG
 from ds_pretrain.training import restarts, signals
 from ds_pretrain.training.restarts import why_not
 from ds_pretrain.training.signals import InterruptedRun, StopRequest
@@ -62,8 +62,13 @@ def test_a_file_and_a_limit_stop_too(tmp_path):
         time.sleep(0.15)
         assert stop.reason == signals.TIME
     with StopRequest() as stop:
-        os.kill(os.getpid(), signals.signal.SIGUSR1)
+        for _ in range(2):  # by hand, and again by the cluster while the run saves
+            os.kill(os.getpid(), signals.signal.SIGUSR1)
         assert stop.reason == signals.signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signals.signal.SIGINT)
+            time.sleep(1)
+    assert signals.signal.getsignal(signals.signal.SIGUSR1) == signals.signal.SIG_DFL
 
 
 @pytest.mark.parametrize("reason, code", [(2, 130), (15, 143), (10, 0), (signals.FILE, 0), (signals.TIME, 0)])
@@ -99,6 +104,9 @@ def test_what_is_worth_another_start(tmp_path, monkeypatch):
         assert "another job" in failed(50)  # whose code a launcher hid
     assert "before its first step" in why_not(tmp_path / "nothing", 1, 5)
     assert why_not(tmp_path / "nothing", 1, 5, signalled=True) == ""
+    (tmp_path / "new").mkdir()
+    assert why_not(tmp_path / "new", FAILED, 5) == "", "nodes that did not meet may do so now"
+    assert "2 times in a row" in why_not(tmp_path / "new", FAILED, 5)
     (tmp_path / "stop").touch()
     assert "keeps it from training" in failed(60)
     assert [json.loads(line)["step"] for line in (tmp_path / "failures.jsonl").read_text().splitlines()] == [
