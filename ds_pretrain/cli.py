@@ -323,7 +323,7 @@ def doctor(
     output: Annotated[str | None, typer.Argument(help="The output folder to come, which all nodes must share.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For the links between nodes; 0 leaves them out.")] = 10.0,
 ) -> None:
-    """Examine the nodes of a job, under the launcher it will have: versions, devices, disks, clocks, links between nodes and GPUs.
+    """Examine the nodes of a job, under the launcher it will have: versions, devices, disks, clocks, links of nodes and GPUs.
 
     What differs, is slow or broken is named with its node. A job on several nodes does the same, shorter, before it trains.
     """

@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ds_pretrain.console import Output, err, out
+from ds_pretrain.core.files import text_lines
 from ds_pretrain.runs import data_of, load_model, load_tokenizer, texts_of
 
 app = typer.Typer()
@@ -34,10 +35,10 @@ def generate(
 
     model, tokenizer = load_model(output), load_tokenizer(output)
     vocab = tokenizer.vocabulary
-    texts = [*(prompt or []), *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])] or [""]
+    texts = [*(prompt or []), *(text_lines(prompts) if prompts else [])] or [""]
     starts, how = [ids.tolist() for ids in tokenizer.encode_batch(texts)], Sampling(tokens, temperature, top_k, top_p, seed)
     if model.objective.measure == "bound":
-        found = [unmask(model, start, vocab.mask, vocab.specials, how) for start in starts]
+        found = [unmask(model, start, vocab.mask, no_text(model, vocab), how) for start in starts]
     else:
         beginnings = [[vocab.begin, *ids] for ids in starts]
         steps = list(continue_all(model, beginnings, ends_of(model, vocab), no_text(model, vocab), how))
@@ -132,7 +133,7 @@ def embed(
     from ds_pretrain.evaluation.embeddings import embedder
 
     model, tokenizer = load_model(output), load_tokenizer(output)
-    lines = texts.read_text(encoding="utf-8").splitlines()
+    lines = text_lines(texts)
     if not lines:
         raise ValueError(f"{texts} is empty")
     found = embedder(model, tokenizer)(lines)

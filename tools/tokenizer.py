@@ -151,7 +151,7 @@ def resize(
     digest = follow.digest if follow else data
     path = run(checkpoint, output, len(made.tokenizer), made.parts if rows == "pieces" else None, digest)
     out.print(f"{path}: {len(made.tokenizer):,} ids, {len(made.parts):,} of them new")
-    words = follow.write(path) if follow else _unnamed(checkpoint, tokenizer, output, digest, len(made.tokenizer))
+    words = follow.write(path) if follow else _unnamed(checkpoint, tokenizer, output, digest, path)
     out.print(f"next: {shlex.join(words)}", markup=False, soft_wrap=True)
     if digest is None:
         out.print("then: this command again, with --data DATA and another output")
@@ -182,7 +182,7 @@ class _Run:
             raise ValueError(f"{data} holds no prepared data: make it with ds-pretrain prepare TEXT -o {data} --tokenizer ...")
         values = yaml.safe_load(was.read_text(encoding="utf-8"))
         values |= {"output": str(output), "data": values["data"] | {"path": str(data), "tokenizer": None}}
-        values["model"] |= {"vocab": len(tokenizer)}
+        values["model"] |= {"vocab": max(len(tokenizer), values["model"]["vocab"])}  # an imported one may have been padded
         dataset = training_data(parse_run(values, str(was)))
         if dataset.tokenizer.digest != tokenizer.digest:
             raise ValueError(f"{data} was prepared with another tokenizer than the one given: prepare it with --tokenizer")
@@ -204,13 +204,16 @@ class _Run:
         return ["ds-pretrain", "train", str(self.file), *more]
 
 
-def _unnamed(checkpoint: Path, tokenizer: Path, output: Path, digest: str | None, ids: int) -> list[str]:
+def _unnamed(checkpoint: Path, tokenizer: Path, output: Path, digest: str | None, made: Path) -> list[str]:
     """What goes on where no folder of data is named; capitals are to be filled in."""
+    from ds_pretrain.training.checkpoint import read_manifest
+
     if digest is None:
         return ["ds-pretrain", "prepare", "TEXT", "-o", "DATA", "--tokenizer", str(tokenizer)]
     was = checkpoint.parent.parent / "run.yaml"
     run = str(was) if was.is_file() else "RUN"
-    return ["ds-pretrain", "train", run, "data.path=DATA", f"output={output}", f"model.vocab={ids}"]
+    rows = read_manifest(made)["model"]["vocab"]
+    return ["ds-pretrain", "train", run, "data.path=DATA", f"output={output}", f"model.vocab={rows}"]
 
 
 def _named(texts: list[str]) -> dict[str, str]:

@@ -118,3 +118,9 @@ def held(path: Path) -> bool:
         except OSError:
             return False
     return False
+
+
+def text_lines(path: str | Path) -> list[str]:
+    """The lines of a file as editors count them: Unicode knows more ends of lines than \\n, and texts have them inside."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [line.removesuffix("\n") for line in file]

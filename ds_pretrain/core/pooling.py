@@ -18,8 +18,21 @@ class Sentences(NamedTuple):
 
 
 def sentences_of(folder: Path) -> Sentences:
-    """What a folder says. ValueError as `pooling_of`."""
-    limit = read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    """What a folder says. ValueError as `pooling_of`, and for what it does to texts before they are cut into tokens."""
+    said, prompts = (
+        read_json(folder / f"{name}.json", {}) for name in ("sentence_bert_config", "config_sentence_transformers")
+    )
+    if prompts.get("default_prompt_name"):
+        raise ValueError(
+            f"{folder / 'config_sentence_transformers.json'} puts its prompt {prompts['default_prompt_name']!r} before each "
+            "text, which is not done here: set default_prompt_name to null, and write the prompt into the texts"
+        )
+    if said.get("do_lower_case") and not _lowers(read_json(folder / "tokenizer.json", {}).get("normalizer") or {}):
+        raise ValueError(
+            f"{folder / 'sentence_bert_config.json'} asks for lower case, which the tokenizer does not make: set do_lower_case "
+            "to false, and write the texts in lower case"
+        )
+    limit = said.get("max_seq_length")
     names = _modules(folder)
     return Sentences(pooling_of(folder) if names else None, limit, "Normalize" in names)
 
@@ -43,6 +56,15 @@ def pooling_of(folder: Path) -> str:
     if len(found) != 1 or found[0] not in ("cls", "mean"):
         raise ValueError(f"{path} asks for {' and '.join(found) or 'no'} pooling: choose a model with cls or mean pooling")
     return found[0]
+
+
+def _lowers(normalizer: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer itself takes capitals for small letters."""
+    return (
+        normalizer.get("type") == "Lowercase"
+        or bool(normalizer.get("lowercase"))
+        or any(map(_lowers, normalizer.get("normalizers", ())))
+    )
 
 
 def _modules(folder: Path) -> list[str]:

@@ -92,6 +92,11 @@ class Vocabulary:
             "load it with extend=True"
         ]
 
+    def ends(self, said: int | Sequence[int] | None) -> list[int]:
+        """Ids that end a text: those that a folder names (`eos_token_id`: none, one or several), and <eod>."""
+        named = [*said] if isinstance(said, Sequence) else [] if said is None else [said]
+        return named if self.eod in named else [*named, self.eod]
+
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
         """Bool [n]: where a word begins. A word is a run of letters, their marks and digits with the space before it, and every
         other character is one of its own, ideographs too (BERT's rule), whichever way the tokenizer cuts them."""

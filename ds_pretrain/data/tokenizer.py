@@ -52,8 +52,11 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "<cls>": ("[CLS]", "<s>"),
     "<sep>": ("[SEP]", "</s>"),
     "<mask>": ("[MASK]",),
+    "<fim_prefix>": ("<|fim_prefix|>", "<｜fim▁begin｜>", "▁<PRE>"),
+    "<fim_middle>": ("<|fim_middle|>", "<｜fim▁end｜>", "▁<MID>"),
+    "<fim_suffix>": ("<|fim_suffix|>", "<｜fim▁hole｜>", "▁<SUF>"),
 }
-"""What tokenizers from elsewhere call the required tokens, best first."""
+"""What tokenizers from elsewhere call reserved tokens, best first (fill-in-the-middle: Qwen, DeepSeek-Coder, CodeLlama)."""
 MINIMUM = len(RESERVED) + 256
 """The smallest vocabulary: the reserved ids and the bytes."""
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_pretrain.core.files import text_lines
 from ds_pretrain.core.pooling import Sentences
 from ds_pretrain.data.tokenizer import TextTokenizer
 from ds_pretrain.training.inference import FrozenModel
@@ -81,7 +82,7 @@ def read_table(path: str | Path, columns: int) -> list[list[str]]:
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file: give one with lines of {columns} columns, separated by tabs")
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         fields = line.split("\t")
         if len(fields) != columns:
             raise ValueError(f"{path}:{number} has {len(fields)} columns separated by tabs, {columns} are needed")

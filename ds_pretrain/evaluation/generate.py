@@ -42,8 +42,7 @@ def no_text(model: FrozenModel, vocab: Vocabulary) -> frozenset[int]:
 
 def ends_of(model: FrozenModel, vocab: Vocabulary) -> frozenset[int]:
     """Ids that end a text: <eod>, and what else a model that came in ends one with."""
-    said = model.origin.get("generation", {}).get("eos_token_id")
-    return frozenset(said) if isinstance(said, list) and vocab.eod in said else frozenset({vocab.eod})
+    return frozenset(vocab.ends(model.origin.get("generation", {}).get("eos_token_id")))
 
 
 def generate(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.table import Table
 
@@ -21,15 +21,15 @@ from ds_pretrain.interop.card import card
 from ds_pretrain.interop.folder import SHARD
 from ds_pretrain.interop.origin import known_tokens, origin_of
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
-from ds_pretrain.interop.transfer import Arrival, hand_out
+from ds_pretrain.interop.transfer import PRECISIONS, Arrival, Precision, hand_out, name_of
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.runs import run_of, tokenizer_of
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
 
+log = logging.getLogger(__name__)
 ROW = 2048
 """Positions of the rows that an imported model is evaluated on, where it has as many."""
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def bring_in(
@@ -41,6 +41,7 @@ def bring_in(
     main = arrival.sources[0].stored.folder
     origin = origin_of(main, arrival.config)
     tokenizer = _tokenizer(main, arrival, origin)
+    origin |= {"ids": len(tokenizer)} if tokenizer else {}
     with appearing(output) as attempt:
         arrival.save(attempt, {"objective": arrival.objective.name, "data": None, "cursor": None, "origin": origin})
         if tokenizer:
@@ -113,7 +114,10 @@ def send_out(
     if step and (found := checkpoint.damages(path)):
         raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
     snapshot, objective = Snapshot(path), config.make_objective()
-    precision = precision or snapshot.manifest.get("imported", {}).get("dtype", "float32")
+    imported = snapshot.manifest.get("imported", {})
+    kept = (
+        Precision.read(imported["precision"]) if imported and not precision else Precision(PRECISIONS[precision or "float32"])
+    )
     tokenizer, rows = tokenizer_of(config), ModelConfig(**snapshot.manifest["model"]).vocab_size
     if tokenizer and len(tokenizer) > rows:
         raise ValueError(
@@ -124,7 +128,7 @@ def send_out(
         origin = snapshot.manifest.get("origin", {})
         generation = origin.get("generation", {})
         extra = special_ids(tokenizer, generation) if tokenizer else {}
-        sides = hand_out(snapshot, objective, attempt, extra, PRECISIONS[precision], shard)
+        sides = hand_out(snapshot, objective, attempt, extra, kept, shard)
         for place in sides:
             if tokenizer:
                 limit = {"model_max_length": positions} if (positions := snapshot.manifest["model"]["positions"]) else {}
@@ -136,7 +140,9 @@ def send_out(
         if objective.kind == "full":
             pooling = pooling_in(snapshot.manifest, objective.pooling)
             _sentence_model(attempt / next(iter(sides)), Sentences(**{**origin.get("sentences", {}), "pooling": pooling}))
-        (attempt / "README.md").write_text(card(output, config, snapshot, sides, precision), encoding="utf-8")
+        if not tokenizer:
+            log.warning("%s has no tokenizer any more: the folder goes out without one, put it in yourself", output)
+        (attempt / "README.md").write_text(card(output, config, snapshot, sides, name_of(kept.most)), encoding="utf-8")
     return [folder / place for place in sides]
 
 

@@ -88,6 +88,13 @@ class Stored:
         with self._open(self.files[name]) as tensors:
             return tensors[name] if self.pickles else tensors.get_tensor(name)
 
+    def dtype(self, name: str) -> str:
+        """Its precision as the format calls it, without reading it."""
+        with self._open(self.files[name]) as tensors:
+            if self.pickles:
+                return DTYPES.get(tensors[name].dtype, str(tensors[name].dtype))
+            return str(tensors.get_slice(name).get_dtype())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
         with self._open(self.files[name]) as tensors:
@@ -124,35 +131,35 @@ class Entry(NamedTuple):
 
     name: str
     shape: Sequence[int]
+    dtype: torch.dtype
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        return int(torch.Size(self.shape).numel()) * dtype.itemsize
+    @property
+    def bytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-def write(
-    folder: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], dtype: torch.dtype, shard: int = SHARD
-) -> list[str]:
+def write(folder: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], shard: int = SHARD) -> list[str]:
     """Write tensors, which come in the order of their entries, into as many files as they need; returns these files' names.
 
     A file's header is made of the entries, so that no more than one tensor need be there at a time.
     """
-    groups = list(_groups(entries, dtype, shard))
+    groups = list(_groups(entries, shard))
     names = [SAFE] if len(groups) == 1 else [_numbered(i, len(groups)) for i in range(len(groups))]
     coming = iter(tensors)
     for name, group in zip(names, groups, strict=True):
         with (folder / name).open("wb") as file:
-            file.write(_header(group, dtype))
+            file.write(_header(group))
             for entry in group:
                 given = next(coming)
-                tensor = given.to(dtype).contiguous()
-                if dtype == torch.float16 and bool((tensor.isinf() & given.isfinite()).any()):
+                tensor = given.to(entry.dtype).contiguous()
+                if entry.dtype == torch.float16 and bool((tensor.isinf() & given.isfinite()).any()):
                     raise ValueError(f"{entry.name} has numbers beyond float16: write --dtype bfloat16 or float32")
                 if tuple(tensor.shape) != tuple(entry.shape):
                     raise ValueError(f"{entry.name} is {tuple(tensor.shape)} and was announced as {tuple(entry.shape)}")
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
     if len(groups) > 1:
         places = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
-        index = {"metadata": {"total_size": sum(entry.bytes(dtype) for entry in entries)}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": places}
         (folder / f"{SAFE}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return names
 
@@ -161,26 +168,26 @@ def _numbered(i: int, count: int) -> str:
     return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _groups(entries: Sequence[Entry], dtype: torch.dtype, most: int) -> Iterator[list[Entry]]:
+def _groups(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:
     """Entries by file."""
     group: list[Entry] = []
     size = 0
     for entry in entries:
-        if group and size + entry.bytes(dtype) > most:
+        if group and size + entry.bytes > most:
             yield group
             group, size = [], 0
         group.append(entry)
-        size += entry.bytes(dtype)
+        size += entry.bytes
     yield group
 
 
-def _header(entries: Sequence[Entry], dtype: torch.dtype) -> bytes:
+def _header(entries: Sequence[Entry]) -> bytes:
     """The beginning of a safetensors file: its own length and, in JSON, where each tensor lies."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for entry in entries:
-        stop = start + entry.bytes(dtype)
-        content[entry.name] = {"dtype": DTYPES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+        stop = start + entry.bytes
+        content[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

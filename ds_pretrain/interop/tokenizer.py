@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ NAMED = {
 def special_ids(tokenizer: TextTokenizer, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of config.json and generation_config.json. generation: of the model that came in, which may end a text in
     several ways. Where nothing but <eod> could pad there is no padding: its row of the embedding would not be trained."""
-    vocab, ends = tokenizer.vocabulary, generation.get("eos_token_id")
-    several = isinstance(ends, list) and vocab.eod in ends
+    vocab = tokenizer.vocabulary
+    ends = vocab.ends(generation.get("eos_token_id"))
     padding = {"pad_token_id": vocab.pad} if vocab.pad != vocab.eod else {}
-    return {"bos_token_id": vocab.begin, "eos_token_id": ends if several else vocab.eod, **padding}
+    return {"bos_token_id": vocab.begin, "eos_token_id": ends if len(ends) > 1 else ends[0], **padding}
 
 
 def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, folder: Path, more: Mapping[str, Any]) -> None:
     """Write the tokenizer's own file, tokenizer.json where that is another, and tokenizer_config.json; for an encoder with
-    [CLS] and [SEP] put around a text, for LLaMA with <s> before it. more: further fields of the latter."""
+    [CLS] and [SEP] put around a text, or its end behind it, as it was trained; for LLaMA with <s> before it. more: further
+    fields of the latter."""
     (folder / tokenizer.file).write_bytes(tokenizer.model)
     known = tokenizer.model if tokenizer.file == "tokenizer.json" else converted(tokenizer.model).to_str().encode()
     ids = tokenizer.specials
@@ -44,10 +45,12 @@ def save_tokenizer(tokenizer: TextTokenizer, objective: Objective, folder: Path,
     names = {**real, "eos_token": found["eos_token"][0], "bos_token": begin}
     content = json.loads(known)
     content["added_tokens"] += [_added(name, i) for name, i in tokenizer.appended.items()]
-    if objective.kind == "full":
-        content["post_processor"] = _around(names["cls_token"], names["sep_token"], tokenizer)  # none stands in there
+    if objective.kind == "full" and objective.framed:
+        content["post_processor"] = _template(tokenizer, ["<cls>"], ("<sep>", 0), ["<sep>"])
+    elif objective.kind == "full":
+        content["post_processor"] = _template(tokenizer, [], ("<eod>", 0), ["<eod>"])
     elif tokenizer.file == "tokenizer.model" and BEGIN in ids:
-        content["post_processor"] = _before(begin, ids[BEGIN])
+        content["post_processor"] = _template(tokenizer, [BEGIN], (BEGIN, 1), [])
     same = content == json.loads(known)  # then byte for byte: it is known by its digest
     (folder / "tokenizer.json").write_bytes(known if same else json.dumps(content, ensure_ascii=False).encode())
     config: dict[str, object] = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -62,31 +65,22 @@ def _added(name: str, token: int) -> dict[str, object]:
     return {"id": token, "content": name, **flags, "special": True}
 
 
-def _before(begin: str, token: int) -> dict[str, object]:
-    """<s> A and <s> A <s> B, as the tokenizers library writes it."""
-    first, text = {"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": begin, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    special = {begin: {"id": begin, "ids": [token], "tokens": [begin]}}
-    return {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, *second], "special_tokens": special}
+def _template(
+    tokenizer: TextTokenizer, before: Sequence[str], between: tuple[str, int], after: Sequence[str]
+) -> dict[str, object]:
+    """Special tokens, by our names, around a text A, and around and between texts A and B, as the tokenizers library writes it.
+    between: with its kind, that of the text it belongs to."""
+    ids = tokenizer.specials
+    spelled = {name: tokenizer.spelling(ids[name]) for name in (*before, between[0], *after)}
 
+    def special(names: Sequence[str], kind: int) -> list[dict[str, object]]:
+        return [{"SpecialToken": {"id": spelled[name], "type_id": kind}} for name in names]
 
-def _around(cls: str, sep: str, tokenizer: TextTokenizer) -> dict[str, object]:
-    """[CLS] A [SEP] and [CLS] A [SEP] B [SEP], as the tokenizers library writes it."""
-
-    def text(which: str, kind: int) -> dict[str, object]:
-        return {"Sequence": {"id": which, "type_id": kind}}
-
-    def special(name: str, kind: int = 0) -> dict[str, object]:
-        return {"SpecialToken": {"id": name, "type_id": kind}}
-
-    ids = {
-        name: {"id": name, "ids": [tokenizer.specials[ours]], "tokens": [name]}
-        for name, ours in ((cls, "<cls>"), (sep, "<sep>"))
-    }
-    first = [special(cls), text("A", 0), special(sep)]
+    first: list[dict[str, object]] = [*special(before, 0), {"Sequence": {"id": "A", "type_id": 0}}]
+    second: list[dict[str, object]] = [*special([between[0]], between[1]), {"Sequence": {"id": "B", "type_id": 1}}]
     return {
         "type": "TemplateProcessing",
-        "single": first,
-        "pair": [*first, text("B", 1), special(sep, 1)],
-        "special_tokens": ids,
+        "single": [*first, *special(after, 0)],
+        "pair": [*first, *second, *special(after, 1)],
+        "special_tokens": {name: {"id": name, "ids": [ids[ours]], "tokens": [name]} for ours, name in spelled.items()},
     }

@@ -6,10 +6,12 @@ Both read and write one parameter at a time; neither needs an accelerator, nor m
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ds_pretrain.evaluation.reference import parameter_shapes
-from ds_pretrain.interop.folder import SHARD, Entry, Stored, canonical, some, write
+from ds_pretrain.interop.folder import DTYPES, SHARD, Entry, Stored, canonical, some, write
 from ds_pretrain.interop.rules import FAMILIES, Family, Rule, Side, family_of
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import initial_value
@@ -29,6 +31,39 @@ from ds_pretrain.training.checkpoint import Piece, Snapshot
 
 PIECES = 1 << 26
 """Bytes of a checkpoint's file, about: bounds the memory that serialising takes."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What parameters are stored in: most of them in one precision, others, by logical name, in another."""
+
+    most: torch.dtype
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        return self.others.get(name, self.most)
+
+    @staticmethod
+    def of(held: Mapping[str, torch.dtype]) -> Precision:
+        [(most, _)] = Counter(held.values()).most_common(1)
+        return Precision(most, {name: dtype for name, dtype in held.items() if dtype != most})
+
+    def told(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"most": name_of(self.most), "others": {name: name_of(dtype) for name, dtype in self.others.items()}}
+
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Precision:
+        """What `told` made."""
+        return Precision(PRECISIONS[told["most"]], {name: PRECISIONS[dtype] for name, dtype in told["others"].items()})
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people and configs write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+PRECISIONS = {name_of(dtype): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -56,6 +91,9 @@ class Source:
                     if (found := self.stored.shape(spelling)) != expected:
                         file = self.stored.files[spelling].name
                         yield f"{spelling} is {found} in {file}, by config.json it should be {expected}"
+                    if (dtype := self.stored.dtype(spelling)) not in DTYPES.values():
+                        known = ", ".join(DTYPES.values())
+                        yield f"{spelling} is {dtype} in {self.stored.files[spelling].name}: save it again as one of {known}"
 
     def has(self, rule: Rule) -> bool:
         return (any if rule.copies else all)(name in self.names for name in rule.stored)
@@ -63,6 +101,11 @@ class Source:
     def parameter(self, rule: Rule) -> Tensor:
         """One of our parameters, in the precision it is stored in."""
         return rule.way.make(*(self._tensor(name) for name in rule.stored if name in self.names))
+
+    def precision(self, rule: Rule) -> torch.dtype:
+        """The one that holds all of its tensors."""
+        held = {self.stored.dtype(spelling) for name in rule.stored for spelling in self.names.get(name, ())}
+        return functools.reduce(torch.promote_types, (dtype for dtype, name in DTYPES.items() if name in held))
 
     def _tensor(self, name: str) -> Tensor:
         first, *others = self.names[name]
@@ -158,10 +201,11 @@ class Arrival:
         return final
 
     def _told(self) -> dict[str, Any]:
-        stored = self.sources[0].stored
-        dtype = str(stored.tensor(next(iter(stored.files))).dtype).removeprefix("torch.")
+        held = {
+            rule.logical: source.precision(rule) for source in self.sources for rule in source.side.rules if source.has(rule)
+        }
         lists = {"fresh": list(self.fresh), "left_out": list(self.left_out)}
-        return {"config": dict(self.config), "dtype": dtype, **lists}
+        return {"config": dict(self.config), "precision": Precision.of(held).told(), **lists}
 
 
 def _checked(
@@ -185,7 +229,7 @@ def stored_shapes(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def hand_out(
-    snapshot: Snapshot, objective: Objective, folder: Path, extra: Mapping[str, Any], dtype: torch.dtype, shard: int = SHARD
+    snapshot: Snapshot, objective: Objective, folder: Path, extra: Mapping[str, Any], precision: Precision, shard: int = SHARD
 ) -> dict[str, Side]:
     """Write config.json and the weights of a checkpoint into an attempt at a folder; returns the models in it, by subfolder.
 
@@ -203,11 +247,11 @@ def hand_out(
     for place, side in sides.items():
         target = folder / place
         target.mkdir(exist_ok=True)
-        kept = {"model_type": name, "architectures": [side.architecture], "dtype": str(dtype).removeprefix("torch.")}
+        kept = {"model_type": name, "architectures": [side.architecture], "dtype": name_of(precision.most)}
         (target / "config.json").write_text(json.dumps({**kept, **side.fields, **extra}, indent=2) + "\n", encoding="utf-8")
         rules = [rule for rule in side.rules if rule.logical not in fresh]
         entries = [
-            Entry(stored.removeprefix(side.bare), shape)
+            Entry(stored.removeprefix(side.bare), shape, precision[rule.logical])
             for rule in rules
             for stored, shape in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True)
         ]
@@ -215,7 +259,6 @@ def hand_out(
             target,
             entries,
             (part for rule in rules for part in rule.way.split(snapshot.whole(rule.logical))),
-            dtype,
             shard,
         )
     return sides

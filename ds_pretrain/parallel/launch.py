@@ -3,8 +3,9 @@
 torchrun, the deepspeed launcher, srun and mpirun each name rank and world size in their own way. The meeting point is
 MASTER_ADDR and MASTER_PORT where the launcher gives them; else under SLURM the job's first node and a port made of the job's
 number, and under MPI whatever rank 0 tells the others. The store that ranks meet in listens at that address alone, not on
-every interface of its host, unless the host takes its own name for a loopback address; torchrun's own store, which ranks under
-it meet in, listens on every interface. DS_PRETRAIN_INTERFACE chooses the interface of all that follows; without it gloo takes the one that leads to the meeting point.
+every interface of its host, unless the host takes its own name for a loopback address; torchrun has a store of its own, which
+listens on all of them. DS_PRETRAIN_INTERFACE chooses the interface of all that follows; without it gloo takes the one that
+leads to the meeting point.
 """
 
 from __future__ import annotations

@@ -478,9 +478,14 @@ def _by_occurrence(panel: Axes, found: Sequence[Line], name: str) -> None:
                 markersize=4,
                 label=line.way_name or line.name,
             )
-    panel.set_xticks(range(len(columns)), [f"{_first(column):,}" for column in columns])
+    panel.set_xticks(range(len(columns)), [_short(_first(column)) for column in columns])
     panel.set(xlabel="occurrences in the training text, so many up to the next (0: test split)", ylabel="%")
     plain(panel)
+
+
+def _short(count: int) -> str:
+    """2k of 2,048: powers of two stand close."""
+    return f"{count // 1024}k" if count >= 1024 else str(count)
 
 
 def _first(column: str) -> int:

@@ -91,8 +91,8 @@ def collect(spec: Spec) -> tuple[Path, Path]:
 
 def _row(cell: Cell, at: State, asked: list[Asked]) -> dict[str, Any]:
     """A cell: what it is, what it cost, what it reached. run: its name; run_file: where that varies; parameters: N without
-    embeddings; flops: 6 N tokens; model_flops: with its masks and scored positions counted; loss_tokens: targets that the losses
-    were sums over; loss: of the validation split at the end, in nats per target; NAME/figure: of the sweep's scores."""
+    embeddings; flops: 6 N tokens; model_flops: with its masks and scored positions counted; loss_tokens: targets that the
+    losses were sums over; loss: of the validation split at the end, in nats per target; NAME/figure: of the sweep's scores."""
     config = cell.config
     size = parameters(config)
     row: dict[str, Any] = {

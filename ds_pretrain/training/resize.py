@@ -4,6 +4,8 @@ Read whole parameters, add rows, write them whole: a checkpoint knows no layout,
 ranks need, which is made anew when it is loaded, so both may change here. Old rows stay as they are, and so do the logits of
 old tokens; what a new row takes of the probability is up to it.
 
+Rows of no id, which imported models have where they were padded, are the first to be taken.
+
 A new row is the mean of the old pieces that spell the token, so that it begins near what the model knew of them (Gee et al.
 2022, "Fast Vocabulary Transfer"); or it is drawn around the mean of all rows with a billionth of their covariance (Hewitt 2021,
 as `resize_token_embeddings` of transformers does), which takes least of the probability where nothing is known of the token.
@@ -34,7 +36,7 @@ Parts = Sequence[Sequence[int]]
 
 
 def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, data: str | None = None, seed: int = 0) -> Path:
-    """Write `output/checkpoints/step-N` from the checkpoint `source` (a step-N folder), with `vocab` ids.
+    """Write `output/checkpoints/step-N` from the checkpoint `source` (a step-N folder), with rows for `vocab` ids.
 
     parts: for each new id the old ids that spell it, none where nothing does (it then gets the mean of all rows); left out,
     new rows are drawn. data: the digest of the dataset that a run goes on with, from its beginning; left out, the checkpoint
@@ -43,12 +45,14 @@ def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, d
     if found := checkpoint.damages(source):
         raise ValueError(f"{source} is not a sound checkpoint: {found[0]}")
     snapshot = Snapshot(source)
-    old = snapshot.manifest["model"]["vocab"]
-    _check(snapshot, vocab, old, parts)
+    rows = snapshot.manifest["model"]["vocab"]
+    old = snapshot.manifest.get("origin", {}).get("ids", rows)
+    _check(snapshot, vocab, old, rows, parts)
     final = output / "checkpoints" / source.name
     if final.exists():
         raise ValueError(f"{final} exists: choose another output, or remove it")
-    manifest = snapshot.manifest | {"model": snapshot.manifest["model"] | {"vocab": vocab}, "resized": {"from": old}}
+    known = {"model": snapshot.manifest["model"] | {"vocab": max(vocab, rows)}, "resized": {"from": old}}
+    manifest = snapshot.manifest | known | {"origin": snapshot.manifest.get("origin", {}) | {"ids": vocab}}
     if data is not None:
         manifest |= {"data": data, "cursor": None}
     else:
@@ -57,7 +61,7 @@ def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, d
     shutil.rmtree(attempt, ignore_errors=True)
     attempt.mkdir(parents=True)
     try:
-        pieces = _pieces(snapshot, vocab, parts, seed)
+        pieces = _pieces(snapshot, old, vocab, parts, seed)
         files = [checkpoint.write_file(attempt, *file) for file in checkpoint.packed(0, pieces)]
         checkpoint.commit(attempt, final, manifest | {"files": files})
     except BaseException:
@@ -79,7 +83,7 @@ def new_rows(rows: Tensor, count: int, parts: Parts | None, generator: torch.Gen
     return (mean + drawn.view(count, *rows.shape[1:])).float()
 
 
-def _check(snapshot: Snapshot, vocab: int, old: int, parts: Parts | None) -> None:
+def _check(snapshot: Snapshot, vocab: int, old: int, rows: int, parts: Parts | None) -> None:
     if vocab <= old:
         raise ValueError(f"{snapshot.path} has {old} ids, {vocab} are asked for: a vocabulary grows only")
     if parts is not None and len(parts) != vocab - old:
@@ -88,7 +92,7 @@ def _check(snapshot: Snapshot, vocab: int, old: int, parts: Parts | None) -> Non
         raise ValueError(
             f"a new id is spelled with id {strange[0]}, {snapshot.path} has ids below {old}: the parts are of another tokenizer"
         )
-    wrong = [f"{name} {shape}" for name, shape in snapshot.shapes.items() if _has_ids(name) and shape[0] != old]
+    wrong = [f"{name} {shape}" for name, shape in snapshot.shapes.items() if _has_ids(name) and shape[0] != rows]
     assert not wrong, wrong
 
 
@@ -96,12 +100,12 @@ def _has_ids(name: str) -> bool:
     return name in TABLES or name.endswith(BIASES)
 
 
-def _pieces(snapshot: Snapshot, vocab: int, parts: Parts | None, seed: int) -> Iterator[tuple[Piece, Tensor]]:
+def _pieces(snapshot: Snapshot, old: int, vocab: int, parts: Parts | None, seed: int) -> Iterator[tuple[Piece, Tensor]]:
     """Every parameter and moment as one piece."""
     for name, kind in snapshot.index:
         whole = snapshot.whole(name, kind)
         if _has_ids(name):
-            whole = torch.cat([whole, _more(whole, name, kind, vocab, parts, seed)])
+            whole = torch.cat([whole[:old], _more(whole[:old], name, kind, vocab, parts, seed), whole[vocab:]])
         shape = tuple(whole.shape)
         yield Piece(kind, Shard(name, shape, shape), 0), whole.reshape(-1)
 

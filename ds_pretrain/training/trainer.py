@@ -110,9 +110,8 @@ class PreTrainer:
         self.output = Path(output) if output is not None else None
         self.facts = dict(facts or {})
         self.mesh = Mesh.build(plan)
-        self.shape = model.model_copy(
-            update={"vocab": model.vocab or dataset.vocab.size, "positions": model.positions or dataset.seq_len}
-        )
+        reach = max(model.positions or 0, dataset.seq_len) if model.position == "rope" else model.positions or dataset.seq_len
+        self.shape = model.model_copy(update={"vocab": model.vocab or dataset.vocab.size, "positions": reach})
         build = build_for(objective, self.shape, self.mesh, dataset.seq_len, activation_checkpointing)
         accumulation = batch_size // (micro_batch_size * data_size)
         self.deepspeed = deepspeed_json.filled(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import theirs
+import torch
 import transformers
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from ds_pretrain.interop.commands import bring_in
 from ds_pretrain.interop.tokenizer import save_tokenizer
 from ds_pretrain.objectives import create
 from ds_pretrain.sweep.spec import read
+from ds_pretrain.training.checkpoint import Snapshot
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
@@ -30,10 +32,11 @@ def evaluations(output):
 
 
 @pytest.fixture
-def place(corpus, data, tmp_path, monkeypatch):
-    """A folder with what the shipped run asks for: imported weights, a domain and general text, of one tokenizer."""
+def place(corpus, data, tmp_path, monkeypatch, request):
+    """A folder with what the shipped run asks for: imported weights, a domain and general text, of one tokenizer. Its
+    parameter: rows of the embedding that are of no id."""
     tokenizer = TextTokenizer.load(data / "tokenizer")
-    shape = {**theirs.LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    shape = {**theirs.LLAMA, "vocab_size": len(tokenizer) + getattr(request, "param", 0), "max_position_embeddings": 64}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path / "hf")
     save_tokenizer(tokenizer, create("clm"), tmp_path / "hf", {"model_max_length": 64})
     monkeypatch.chdir(tmp_path)
@@ -53,6 +56,7 @@ def test_the_shipped_run_adapts_and_both_texts_are_followed(place):
     assert found["validation", STEPS] < found["validation", 0], "the domain is learned"
 
 
+@pytest.mark.parametrize("place", [0, 7, 64], indirect=True, ids=["", "some rows to spare", "rows enough"])
 def test_a_model_that_came_in_learns_pieces_of_the_domain(place, corpus):
     """The four commands at the head of the run file."""
     tool = [sys.executable, str(ROOT / "tools" / "tokenizer.py")]
@@ -62,6 +66,12 @@ def test_a_model_that_came_in_learns_pieces_of_the_domain(place, corpus):
     resize = ["resize", "runs/imported/checkpoints/step-0", "wider", "-o", "runs/wider", "--data", "data/domain"]
     told = subprocess.run([*tool, *resize], check=True, capture_output=True, text=True).stdout
     command = shlex.split(told.rpartition("next: ds-pretrain ")[2])
+    was, now = (Snapshot(Path(f"runs/{name}/checkpoints/step-0")) for name in ("imported", "wider"))
+    ids, rows = (len(TextTokenizer.load(Path(name))) for name in ("runs/imported/tokenizer", "wider"))
+    old, new = (each.whole("word.weight") for each in (was, now))
+    assert len(new) == max(rows, len(old)) and torch.equal(new[:ids], old[:ids]) and torch.equal(new[rows:], old[rows:])
+    parts = json.loads(Path("wider/pieces.json").read_text())["parts"]
+    assert len(parts) == rows - ids and torch.allclose(new[ids], old[parts[0]].mean(0))
     assert command[:3] == ["train", "adapt", "init=runs/wider"], told
     ran = CliRunner().invoke(app, [*command, f"train.max_steps={STEPS}", "batch.seq_len=64", "optimizer.warmup_steps=2"])
     assert ran.exit_code == 0 and "begins with the weights of runs/wider" in ran.output, ran.output

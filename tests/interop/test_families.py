@@ -10,7 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ds_pretrain.interop import transfer
 from ds_pretrain.interop.commands import bring_in, send_out
+from ds_pretrain.interop.folder import Stored
 from ds_pretrain.interop.rules import FAMILIES
 from ds_pretrain.interop.transfer import Arrival
 from ds_pretrain.models.config import ModelConfig
@@ -35,10 +37,67 @@ def tensors(folder):
 def test_what_comes_in_goes_out_bit_for_bit(tmp_path, name, dtype):
     theirs.save(name, tmp_path / "in", getattr(torch, dtype))
     bring_in(tmp_path / "in", tmp_path / "run")
-    send_out(tmp_path / "run", tmp_path / "out", dtype, shard=100_000)
-    was, now = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    send_out(tmp_path / "run", tmp_path / "out", shard=100_000)
+    identical(tmp_path / "in", tmp_path / "out")
+    (config, *_) = (tmp_path / "out").rglob("config.json")
+    assert json.loads(config.read_text())["dtype"] == dtype
+
+
+def identical(one, other):
+    was, now = tensors(one), tensors(other)
     assert was.keys() == now.keys()
     assert all(torch.equal(was[key], now[key]) and was[key].dtype == now[key].dtype for key in was)
+
+
+def test_tensors_of_several_precisions_keep_theirs(tmp_path):
+    theirs.save("llama grouped", tmp_path / "in", torch.bfloat16)
+    state = load_file(tmp_path / "in" / "model.safetensors")
+    norms = {name: x.float() + 1e-4 for name, x in state.items() if "norm" in name}
+    save_file({**state, **norms}, tmp_path / "in" / "model.safetensors")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    send_out(tmp_path / "run", tmp_path / "out")
+    identical(tmp_path / "in", tmp_path / "out")
+    send_out(tmp_path / "run", tmp_path / "asked", "float16")
+    assert {x.dtype for x in tensors(tmp_path / "asked").values()} == {torch.float16}
+    save_file({**state, "model.norm.weight": state["model.norm.weight"].double()}, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is F64 in model\.safetensors: save it again as one of F32"):
+        bring_in(tmp_path / "in", tmp_path / "wide")
+
+
+def test_what_is_no_parameter_has_no_say_in_the_precision(tmp_path):
+    """A causal mask, the first tensor of an old GPT-2 file."""
+    theirs.save("gpt2", tmp_path / "in", torch.bfloat16)
+    state = load_file(tmp_path / "in" / "model.safetensors")
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool)}
+    save_file({**state, **mask}, tmp_path / "in" / "model.safetensors")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    send_out(tmp_path / "run", tmp_path / "out")
+    assert {x.dtype for x in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_tensors_come_and_go_one_at_a_time(tmp_path, monkeypatch):
+    theirs.save("llama grouped", tmp_path / "in")
+    read, whole, written = [], [], []
+    tensor, of, write = Stored.tensor, Snapshot.whole, transfer.write
+    monkeypatch.setattr(Stored, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    monkeypatch.setattr(Snapshot, "whole", lambda self, *name: whole.append(name) or of(self, *name))
+    coming = Arrival.of(tmp_path / "in").parameters()
+    for count, _ in enumerate(coming, start=1):
+        assert len(read) <= 3 * count, "a fused QKV is made of three"
+    bring_in(tmp_path / "in", tmp_path / "run")
+
+    def watched(folder, entries, tensors, shard):
+        def each():
+            for count, made in enumerate(tensors, start=1):
+                assert len(whole) <= count
+                written.append(count)
+                yield made
+
+        return write(folder, entries, each(), shard)
+
+    monkeypatch.setattr(transfer, "write", watched)
+    send_out(tmp_path / "run", tmp_path / "out")
+    assert len(written) == len(tensors(tmp_path / "out")) and len(whole) > 5
 
 
 @pytest.mark.parametrize("name", theirs.MODELS)

@@ -76,7 +76,7 @@ def trained(folder, data, objective, model):
     return load_model(str(folder / "run")), load_tokenizer(str(folder / "run"))
 
 
-@pytest.mark.parametrize(("objective", "pooling"), [("simcse", "cls"), ("mlm", "mean")])
+@pytest.mark.parametrize(("objective", "pooling"), [("simcse", "cls"), ("mlm", "mean"), ("mdlm", "mean")])
 def test_a_trained_encoder_embeds_the_same_in_sentence_transformers(objective, pooling, data, tmp_path):
     from sentence_transformers import SentenceTransformer
 

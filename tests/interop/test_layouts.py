@@ -1,5 +1,6 @@
 """What comes in computes what `transformers` computes, under every way to divide a model, and is trained on from there."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -7,10 +8,11 @@ import pytest
 import theirs
 import torch
 import torch.nn.functional as F
+import transformers
 
 from ds_pretrain.data.dataset import Cursor
 from ds_pretrain.data.loader import Loader
-from ds_pretrain.interop.commands import bring_in
+from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.objectives import Objective
 from ds_pretrain.parallel.mesh import Mesh
 from ds_pretrain.parallel.plan import ParallelPlan
@@ -63,7 +65,8 @@ def answers(engine, batch):
 
 
 def measured(runs, layout):
-    """For each run on the ranks of this job: a batch, what the heads answer to it, and the loss of a first step on it."""
+    """For each run on the ranks of this job: a batch, what the heads answer to it, what they answer after a step on it, and
+    that step. The run is then saved beside the first one, as of this layout."""
     plan, found = LAYOUTS[layout], []
     mesh = Mesh.build(plan)
     for folder in runs:
@@ -76,8 +79,16 @@ def measured(runs, layout):
             (batch,) = next(loader).batches
         asked = {name: target for name, target in batch.targets.items() if not objective.generator or name != "mlm"}
         told = mesh.gather(answers(engine, type(batch)(batch.inputs, batch.position, batch.attention, asked, batch.token_type)))
-        found.append((batch, next(answer for answer in told if answer), engine.step([batch], 1, 1e-3)))
+        step = engine.step([batch], 1, 1e-3)
+        then = mesh.gather(answers(engine, type(batch)(batch.inputs, batch.position, batch.attention, asked, batch.token_type)))
+        facts = {"model": model.model_dump(), "objective": objective.name, "data": None, "tokens": 1, "world": 1}
+        checkpoint.save(trained(folder, layout) / "checkpoints", engine, 1, facts)
+        found.append((batch, *(next(answer for answer in each if answer) for each in (told, then)), step))
     return found
+
+
+def trained(folder, layout):
+    return folder.with_name(f"trained {layout}")
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +138,26 @@ def expected(model, batch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", theirs.MODELS)
 def test_answers_are_those_of_transformers(everything, models, name, layout):
-    batch, told, _ = everything[layout][name]
-    wanted, real = expected(models[name][0], batch), batch.attention.segment != 0
+    batch, told, _, _ = everything[layout][name]
+    agree(batch, told, models[name][0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", theirs.MODELS)
+def test_what_was_trained_under_a_layout_answers_the_same_in_transformers(everything, models, name, layout):
+    run = trained(models[name][1], layout)
+    (run / "run.yaml").write_bytes((models[name][1] / "run.yaml").read_bytes())
+    folder, *_ = send_out(run, run.with_name(f"out {layout}"))
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    exported = getattr(transformers, architecture).from_pretrained(folder, attn_implementation="eager").eval()
+    batch, before, then, _ = everything[layout][name]
+    assert all((before[head] - then[head]).abs().max() > 1e-4 for head in then), "it was trained"
+    agree(batch, then, exported)
+
+
+def agree(batch, told, model):
+    """Ours and theirs, within 1e-5."""
+    wanted, real = expected(model, batch), batch.attention.segment != 0
     for head, answer in told.items():
         want, got = wanted[head], answer
         if head in ("nsp", "sop"):
@@ -147,7 +176,7 @@ def test_answers_are_those_of_transformers(everything, models, name, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in theirs.MODELS if name != "electra"])
 def test_training_begins_with_their_loss(everything, models, name, layout):
-    batch, _, step = everything[layout][name]
+    batch, _, _, step = everything[layout][name]
     wanted, total = expected(models[name][0], batch), 0.0
     for head, target in batch.targets.items():
         if head == "simcse":
@@ -163,7 +192,7 @@ def test_training_begins_with_their_loss(everything, models, name, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_generator_begins_with_its_own_loss(everything, models, layout):
-    batch, _, step = everything[layout]["electra"]
+    batch, _, _, step = everything[layout]["electra"]
     target = batch.targets["mlm"]
     with torch.no_grad():
         answer = theirs.make_generator(models["electra"][0])(batch.inputs, token_type_ids=batch.token_type).logits
@@ -171,9 +200,11 @@ def test_a_generator_begins_with_its_own_loss(everything, models, layout):
     assert step.sums["mlm"] / step.totals["mlm"] == pytest.approx(
         float((losses * target.weights).sum() / target.weights.sum()), rel=1e-5
     )
+    mlm, rtd = (step.sums[head] / step.totals[head] for head in ("mlm", "rtd"))
+    assert step.loss == pytest.approx(mlm + 50 * rtd, rel=1e-5), "as in the paper"
 
 
 def test_all_layouts_find_the_same(everything):
     for name in theirs.MODELS:
-        losses = [everything[layout][name][2].loss for layout in LAYOUTS]
+        losses = [everything[layout][name][3].loss for layout in LAYOUTS]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5), name

@@ -40,11 +40,12 @@ SHAPES = {
     "bert": {"preset": "bert-1m", "layers": 2},
     "albert": {"preset": "bert-1m", "layers": 2},
     "simcse": {"preset": "bert-1m", "layers": 2},
+    "mdlm": {"preset": "bert-1m", "layers": 2},
     "electra": {"preset": "bert-1m", "layers": 2},
 }
 ARCHITECTURES = {
     "clm": "GPT2LMHeadModel", "fim": "LlamaForCausalLM", "mlm": "BertForMaskedLM", "bert": "BertForPreTraining",
-    "albert": "AlbertForPreTraining", "simcse": "BertModel", "electra": "ElectraForPreTraining",
+    "albert": "AlbertForPreTraining", "simcse": "BertModel", "mdlm": "BertForMaskedLM", "electra": "ElectraForPreTraining",
 }  # fmt: skip
 
 
@@ -198,6 +199,44 @@ def test_texts_of_a_llama_begin_as_they_did(tmp_path):
     left = transformers.AutoTokenizer.from_pretrained(out)
     assert (left.bos_token, left.eos_token) == ("<s>", "</s>")
     assert "imported from" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("said, ends", [(2, [2, 0]), ([2], [2, 0]), ([2, 0], [2, 0]), (0, 0), ([0], 0), (None, 0)])
+def test_every_end_that_a_folder_names_ends_a_text_and_goes_out(said, ends, tmp_path):
+    """Where its tokenizer names another one, that does too."""
+    foreign(tmp_path / "in", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"])
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    shape = {**theirs.LLAMA, "vocab_size": len(TextTokenizer.load(tmp_path / "in", stand_in=True))}
+    config = transformers.LlamaConfig(**shape, bos_token_id=0, eos_token_id=said)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    model, tokenizer = load_model(str(tmp_path / "run")), load_tokenizer(str(tmp_path / "run"))
+    assert ends_of(model, tokenizer.vocabulary) == frozenset(ends if isinstance(ends, list) else [ends])
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
+def test_the_marks_of_infilling_are_known_by_other_names(tmp_path):
+    foreign(tmp_path, ["<s>", "</s>", "▁<PRE>", "▁<MID>", "▁<SUF>"])
+    names = TextTokenizer.load(tmp_path, stand_in=True).vocabulary.names
+    assert [names[f"<fim_{part}>"] for part in ("prefix", "middle", "suffix")] == [2, 3, 4]
+
+
+def test_a_diffusion_model_with_rows_of_no_id_writes(tmp_path):
+    theirs.save("bert", tmp_path / "bert")
+    foreign(tmp_path / "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    bring_in(tmp_path / "bert", tmp_path / "run", objective="mdlm")
+    told = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "--prompt", "a b", "--tokens", "20"])
+    assert told.exit_code == 0 and told.output.startswith("a b"), told.output
+
+
+def test_rows_may_be_longer_than_those_of_the_run_it_begins_with(data, runs, tmp_path):
+    """Of a model with rotary positions, which then reads and writes as much."""
+    trainer = begun(data, runs, tmp_path, "fim", "fim", "batch.seq_len=128")
+    assert trainer.shape.positions == 128
+    trainer.train()
+    (out,) = send_out(tmp_path / "begun", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
 
 
 @pytest.mark.parametrize("said", ["tokenizer", "config"])
