@@ -44,6 +44,8 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy": ("accuracy (per target)", "{:.2%}".format),
 }
 """Columns of cells to headings and formats, in the order of the table."""
+RARE = 1 / 3
+"""A figure of fewer lines than this share has no column of its own."""
 SHARES = ("accuracy", "untrained", "majority")
 UNITS = {"loss": "nats per target", "perplexity": "per token", "word_perplexity": "per word", "tokens_scored": "targets"}
 
@@ -192,7 +194,18 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
         yield _recall_table(found, asked.name)
         return
     columns = [column for column in scores(found) if column.startswith(f"{asked.name}/")]
-    yield _markdown(found, columns, lambda column: _heading(column).partition("/")[2])
+    few = [column for column in columns if sum(bool(line.values(column)) for line in found) < RARE * len(found)]
+    yield _markdown(found, [column for column in columns if column not in few], _figure_name)
+    rest = [
+        f"- {line.name}: {', '.join(f'{_figure_name(column)} {_told(line, column)}' for column in few if line.values(column))}"
+        for line in found
+        if any(map(line.values, few))
+    ]
+    yield from ["Figures that few have:\n\n" + "\n".join(rest)] * bool(rest)
+
+
+def _figure_name(column: str) -> str:
+    return _heading(column).partition("/")[2]
 
 
 def _recall_table(found: Sequence[Line], name: str) -> str:
@@ -353,19 +366,22 @@ def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
 
 def curves(found: Sequence[Line]) -> Figure:
     """Training loss, validation perplexity (where all have one, else loss), gradient norm and learning rate against tokens: a
-    line for each sound cell."""
+    line for each sound cell. Losses of different objectives are drawn as shares of what they begin with."""
     evaluated = [each for line in found for history in line.histories for each in history.evaluations]
     shown = "perplexity" if all("perplexity" in each for each in evaluated) else "loss"
     name = "validation perplexity (per token)" if shown == "perplexity" else "validation loss"
+    shares = shown == "loss" and len({row["objective"] for row in _rows(found)}) > 1
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
         for history, label in zip(sound, [line.way_name or line.name, *[None] * len(sound)], strict=False):
-            _draw_run(axes, history, shown, {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label})
+            look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label}
+            _draw_run(axes, history, shown, look, history.column("loss")[1][0] if shares and history.train else 1.0)
     for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
-    axes[0].set_ylabel("loss")
+    for panel in axes[:2] if shares else axes[:1]:
+        panel.set_ylabel("loss / training loss of the first step" if shares else "loss")
     if shown == "perplexity":
         axes[1].set_yscale("log")
         _plain_log(axes[1].yaxis, (1, 1.5, 2, 3, 4, 5, 7))
@@ -377,14 +393,16 @@ def curves(found: Sequence[Line]) -> Figure:
     return figure
 
 
-def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping[str, Any]) -> None:
+def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping[str, Any], unit: float) -> None:
+    """unit: of losses."""
     scale = history.tokens_per_step() if history.train else 0.0
     for panel, key in zip((axes[0], axes[2], axes[3]), ("loss", "grad_norm", "lr"), strict=True):
         steps, values = history.column(key)
         values = values if key == "lr" else smoothed(values, len(values) // 30 | 1)
+        values = values / unit if key == "loss" else values
         panel.plot(steps * scale, values, **look)
     for marker, (_, evaluated) in zip("os^vD", sorted(_splits(history).items()), strict=False):
-        told = [(line["step"] * scale, float(line[figure])) for line in evaluated]
+        told = [(line["step"] * scale, float(line[figure]) / unit) for line in evaluated]
         points = [point for point in told if math.isfinite(point[1])]
         if points:
             axes[1].plot(*zip(*points, strict=True), marker=marker, markersize=3.5, **look)
