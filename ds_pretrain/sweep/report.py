@@ -44,6 +44,8 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "accuracy": ("accuracy (per target)", "{:.2%}".format),
 }
 """Columns of cells to headings and formats, in the order of the table."""
+APART = 4
+"""How many times another a loss must be for neither to be seen beside it."""
 RARE = 1 / 3
 """A figure of fewer lines than this share has no column of its own."""
 SHARES = ("accuracy", "untrained", "majority")
@@ -366,11 +368,12 @@ def _styles(found: Sequence[Line]) -> list[tuple[str, str]]:
 
 def curves(found: Sequence[Line]) -> Figure:
     """Training loss, validation perplexity (where all have one, else loss), gradient norm and learning rate against tokens: a
-    line for each sound cell. Losses of different objectives are drawn as shares of what they begin with."""
+    line for each sound cell. Losses of very different scales are drawn as shares of what they begin with."""
     evaluated = [each for line in found for history in line.histories for each in history.evaluations]
     shown = "perplexity" if all("perplexity" in each for each in evaluated) else "loss"
     name = "validation perplexity (per token)" if shown == "perplexity" else "validation loss"
-    shares = shown == "loss" and len({row["objective"] for row in _rows(found)}) > 1
+    first = [history.column("loss")[1][0] for line in found for history in line.histories if history.train]
+    shares = shown == "loss" and bool(first) and max(first) > APART * min(first)
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
