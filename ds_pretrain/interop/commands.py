@@ -114,10 +114,8 @@ def send_out(
     if step and (found := checkpoint.damages(path)):
         raise ValueError(f"{path} is not a sound checkpoint: {found[0]}")
     snapshot, objective = Snapshot(path), config.make_objective()
-    imported = snapshot.manifest.get("imported", {})
-    kept = (
-        Precision.read(imported["precision"]) if imported and not precision else Precision(PRECISIONS[precision or "float32"])
-    )
+    came = snapshot.manifest.get("imported", {}).get("precision")
+    kept = Precision.read(came) if came and not precision else Precision(PRECISIONS[precision or "float32"])
     tokenizer, rows = tokenizer_of(config), ModelConfig(**snapshot.manifest["model"]).vocab_size
     if tokenizer and len(tokenizer) > rows:
         raise ValueError(
