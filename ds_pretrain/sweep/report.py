@@ -372,14 +372,14 @@ def curves(found: Sequence[Line]) -> Figure:
     evaluated = [each for line in found for history in line.histories for each in history.evaluations]
     shown = "perplexity" if all("perplexity" in each for each in evaluated) else "loss"
     name = "validation perplexity (per token)" if shown == "perplexity" else "validation loss"
-    first = [history.column("loss")[1][0] for line in found for history in line.histories if history.train]
-    shares = shown == "loss" and bool(first) and max(first) > APART * min(first)
+    first = [_first_loss(history) for line in found for history in line.histories]
+    shares = shown == "loss" and max(first, default=1.0) > APART * min(first, default=1.0)
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
         sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
         for history, label in zip(sound, [line.way_name or line.name, *[None] * len(sound)], strict=False):
             look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label}
-            _draw_run(axes, history, shown, look, history.column("loss")[1][0] if shares and history.train else 1.0)
+            _draw_run(axes, history, shown, look, _first_loss(history) if shares else 1.0)
     for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):
         panel.set_title(title, loc="left", fontsize=11)
         _tokens(panel)
@@ -394,6 +394,11 @@ def curves(found: Sequence[Line]) -> Figure:
     axes[2].set_yscale("log")
     _legend(figure, axes[:1])
     return figure
+
+
+def _first_loss(history: History) -> float:
+    """What a run begins with; 1 where it has no loss."""
+    return float(next(iter(history.column("loss")[1]), 1.0))
 
 
 def _draw_run(axes: Sequence[Axes], history: History, figure: str, look: Mapping[str, Any], unit: float) -> None:

@@ -1,10 +1,10 @@
 """Whether a run that failed is worth another start, for the launchers that requeue jobs.
 
 A node that dies, a full network or a killed rank are got over by starting again from the newest checkpoint. A failure that
-comes back without a step more is not, nor one before the first step (mostly a mistake in the run file), nor a divergence: these
-would burn an allocation for nothing. Launchers hide exit codes (torchrun's is always 1, srun makes 143 of 75), so what happened
-is read from the output folder too. What failed is kept in OUTPUT/failures.jsonl. The price: bad luck twice in a row without
-progress is taken for a lasting failure.
+comes back without a step more is not, nor one before the first step (mostly a mistake in the run file, unless a connection or a
+disk failed), nor a divergence: these would burn an allocation for nothing. Launchers hide exit codes (torchrun's is always 1,
+srun makes 143 of 75), so what happened is read from the output folder too. What failed is kept in OUTPUT/failures.jsonl. The
+price: bad luck twice in a row without progress is taken for a lasting failure.
 """
 
 from __future__ import annotations

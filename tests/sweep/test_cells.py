@@ -320,6 +320,21 @@ def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatc
     assert "seed=2 (stopped after step 10), seed=3 (failed after step 7)" in note
 
 
+def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
+    def line(name, loss, **more):
+        history = History([{"step": 1, "tokens": 9, "loss": 2 * loss}], [{"step": 1, "split": "validation", "loss": loss}])
+        return report.Line({"objective": name}, [{"status": "finished", "text/loss": loss, **more}], [history])
+
+    found = [line("clm", 3.0), line("mlm", 4.0), line("ul2", 5.0), line("mdlm", 5.0, **{"text/bits_per_byte_bound": 2.5})]
+    _, table, rest = report.score_table(found, Asked.of("text", {"by": "eval", "data": "data/a"}))
+    assert table.splitlines()[0] == "| objective | finished | loss (nats per target) |"
+    assert rest.splitlines()[2:] == ["- mdlm: bits_per_byte_bound 2.5"]
+    assert report.curves(found).axes[0].get_ylabel() == "loss"
+    panel = report.curves([*found, line("electra", 26.0), report.Line({}, [{"status": "running"}], [History()])]).axes[1]
+    assert panel.get_ylabel() == "loss / training loss of the first step"
+    assert {float(drawn.get_ydata()[0]) for drawn in panel.lines} == {0.5}
+
+
 def test_what_equals_what_is_read_off_between_budgets():
     """The second way needs four times the tokens, by the logarithm of which scores grow here, and never gets to the last."""
 
