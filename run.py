@@ -2,7 +2,10 @@
 """The two commands of a fresh checkout, with nothing but the standard library:
 
     python3 run.py quickstart     install, prepare the embedded corpus, pre-train, evaluate, sample, plot
-    python3 run.py test           install, lint, type-check, run every test
+    python3 run.py test           install, lint, type-check, run every test (three quarters of an hour on two cores)
+
+    python3 run.py quickstart train.max_steps=2000 optimizer.lr=1e-3      with other settings of its run file
+    python3 run.py test tests/core -k files                               some tests, as pytest takes them
 
 Both make `.venv` here once and reuse it while pyproject.toml and the Python version stay the same. Extra arguments for pip
 (a CUDA index, a mirror) go into DS_PRETRAIN_PIP_ARGS.
@@ -27,6 +30,9 @@ in the order of `tests/conftest.py`."""
 
 def main():
     commands = {"quickstart": quickstart, "test": test}
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__)
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked it)
@@ -41,7 +47,7 @@ def quickstart(arguments):
     installed = time.time()
     data = ROOT / "data" / "embedded"
     tool("prepare", "embedded", "-o", data, "--split", "0.96,0.02,0.02", "--vocab-size", "4096")
-    tool("train", "quickstart", *arguments)
+    tool("train", "quickstart", *precision(arguments), *arguments)
     output = next((Path(a.partition("=")[2]) for a in arguments if a.startswith("output=")), RUN)
     tool("eval", output, "--split", "validation", "--baselines")
     for prompt in ("HAMLET.\nTo be, or not to be", "def main(arguments):\n"):
@@ -52,6 +58,15 @@ def quickstart(arguments):
             "warm" if warm else "cold", installed - started, time.time() - installed
         )
     )
+
+
+def precision(arguments):
+    """fp32 where the CPU would imitate bf16, unless the arguments say something."""
+    if any(argument.startswith("deepspeed") for argument in arguments):
+        return []
+    asked = "from ds_pretrain.parallel.pace import dear; import torch; print(dear(torch.bfloat16))"
+    told = subprocess.run([str(VENV / "bin" / "python"), "-c", asked], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    return ["deepspeed.config=zero1_fp32.json"] if float(told) else []
 
 
 def test(arguments):
@@ -86,7 +101,7 @@ def install(extra):
         "-m",
         "pip",
         "install",
-        "--quiet",
+        *([] if sys.stdout.isatty() else ["--quiet"]),
         "--disable-pip-version-check",
         *shlex.split(os.environ.get("DS_PRETRAIN_PIP_ARGS", "")),
     ]

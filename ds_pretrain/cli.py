@@ -590,6 +590,8 @@ def _samples(name: str, overrides: list[str], text: list[str] | None, run: str |
         tokenizer = TextTokenizer.load(folder)
         data = PretrainingDataset(config.data.path, tokenizer, config.batch.seq_len, objective, "train", config.seed)
         return data, tokenizer
+    if not run and not folder.exists():
+        err.print(f"[dim]there is no {folder} yet: a small tokenizer stands in, trained on the help texts of Python[/dim]")
     tokenizer = TextTokenizer.load(folder) if run else preview_objective.tokenizer_at(folder)
     texts = text or preview_objective.TEXTS
     return preview_objective.samples_of(texts, tokenizer, config.batch.seq_len, objective, config.seed), tokenizer

@@ -28,6 +28,8 @@ def make_trainer(config: RunConfig, dataset: Any) -> Any:
     from ds_pretrain.training.watchdog import Watchdog
 
     t, rank = config.train, start().rank  # who meets whom has a limit of its own
+    if rank == 0:
+        _priced(config)
     stacks = Path(config.output) / "stacks" if config.output else None
     with Watchdog(t.watchdog_seconds, rank, stacks) as watchdog:  # the trainer has its own, for when it trains
         preflight(config.output)
@@ -57,6 +59,24 @@ def make_trainer(config: RunConfig, dataset: Any) -> Any:
             seed=config.seed,
             facts=config.model_dump(mode="json"),
         )
+
+
+def _priced(config: RunConfig) -> None:
+    """Warn of a precision that this CPU only imitates."""
+    import torch
+
+    from ds_pretrain.parallel import pace
+    from ds_pretrain.training.deepspeed_json import half, stage_of
+
+    settings = config.deepspeed_json()
+    times = pace.dear(torch.bfloat16) if half(settings) == "bf16" else 0.0
+    if not times:
+        return
+    log.warning(
+        "this CPU imitates bf16: its products take %.0f times as long as in fp32; use deepspeed.config=zero%d_fp32.json",
+        times,
+        stage_of(settings),
+    )
 
 
 def preflight(output: str | None) -> None:

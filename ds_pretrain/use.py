@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,6 +191,7 @@ def memorised(
     from ds_pretrain.evaluation import memorisation
 
     model, (train, test) = load_model(output), texts_of(output)
-    found = memorisation.memorised(model, train, test, prompt, tokens, windows)
+    bar = partial(track, description="memorised", console=err, disable=model.mesh.rank > 0)
+    found = memorisation.memorised(model, train, test, prompt, tokens, windows, shown=bar)
     if model.mesh.rank == 0:
         out.print(memorisation.table(found, output, train))

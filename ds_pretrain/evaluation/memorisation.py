@@ -8,7 +8,8 @@ Windows of the test split, which occur not once, say how much of that is mere gu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,10 +49,23 @@ class Recall(NamedTuple):
         return self.verbatim / self.tried
 
 
+Piece = tuple[str, np.ndarray]
+"""How often its windows occur, and their ids."""
+
+
 def memorised(
-    model: FrozenModel, train: Store, test: Store, prompt: int = 32, tokens: int = 32, count: int = 200, seed: int = 0
+    model: FrozenModel,
+    train: Store,
+    test: Store,
+    prompt: int = 32,
+    tokens: int = 32,
+    count: int = 200,
+    seed: int = 0,
+    shown: Callable[[list[Piece]], Iterable[Piece]] = iter,
 ) -> list[Recall]:
     """Recall of up to `count` windows for each number of occurrences, those of `test` that `train` lacks first (collective).
+
+    shown: what the pieces of work go through, such as a progress bar.
 
     ValueError for a model that does not continue texts, or that has no room for such windows.
     """
@@ -61,8 +75,12 @@ def memorised(
     if room and prompt + tokens > room + 1:  # the last token is not read
         raise ValueError(f"windows of {prompt} + {tokens} tokens do not fit {room} positions: lower --prompt or --tokens")
     eod: int = train.info["eod"]
-    groups = windows(_ids(train), _ids(test), eod, prompt + tokens, count, seed)
-    return [Recall(g.occurrences, _verbatim(model, eod, g.ids, prompt), len(g.ids), g.there) for g in groups]
+    groups = [*windows(_ids(train), _ids(test), eod, prompt + tokens, count, seed)]
+    pieces = [(g.occurrences, rows) for g in groups for rows in np.array_split(g.ids, range(ROWS, len(g.ids), ROWS))]
+    verbatim = Counter[str]()
+    for occurrences, rows in shown(pieces):
+        verbatim[occurrences] += _verbatim(model, eod, rows, prompt)
+    return [Recall(g.occurrences, verbatim[g.occurrences], len(g.ids), g.there) for g in groups]
 
 
 def _ids(store: Store) -> np.ndarray:
@@ -112,13 +130,11 @@ def _drawn(ids: np.ndarray, starts: np.ndarray, length: int, count: int, seed: i
 
 
 def _verbatim(model: FrozenModel, eod: int, ids: np.ndarray, prompt: int) -> int:
-    """How many of these windows come out as they are."""
-    done, how = 0, Sampling(ids.shape[1] - prompt, temperature=0)
-    for rows in np.array_split(ids, range(ROWS, len(ids), ROWS)):
-        steps = continue_all(model, rows[:, :prompt].tolist(), frozenset({eod}), frozenset(), how)
-        written = np.array([[-1 if token is None else token for token in step] for step in steps]).reshape(-1, len(rows)).T
-        done += sum(np.array_equal(mine, row[prompt:]) for mine, row in zip(written, rows, strict=True))
-    return done
+    """How many of these windows, continued at once, come out as they are."""
+    how = Sampling(ids.shape[1] - prompt, temperature=0)
+    steps = continue_all(model, ids[:, :prompt].tolist(), frozenset({eod}), frozenset(), how)
+    written = np.array([[-1 if token is None else token for token in step] for step in steps]).reshape(-1, len(ids)).T
+    return sum(np.array_equal(mine, row[prompt:]) for mine, row in zip(written, ids, strict=True))
 
 
 def table(found: Sequence[Recall], output: str, train: Store) -> Table:
