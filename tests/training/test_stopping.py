@@ -53,7 +53,15 @@ def test_a_start_that_hangs_ends_too(tmp_path, data):
     assert "rank 0 on" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
-def test_a_file_and_a_limit_stop_too(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: what a script starts in the background has SIGINT ignored."""
+    before = signals.signal.signal(signals.signal.SIGINT, signals.signal.default_int_handler)
+    yield
+    signals.signal.signal(signals.signal.SIGINT, before)
+
+
+def test_a_file_and_a_limit_stop_too(tmp_path, ctrl_c):
     with StopRequest(tmp_path / "stop", minutes=0.002) as stop:
         assert stop.reason == 0
         (tmp_path / "stop").touch()
