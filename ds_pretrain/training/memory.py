@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ def start() -> None:
     """Count CPU tensors that are made from here on."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, FLAG).value = True
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler of torch 2.13 tells of each start and stop otherwise
 
 
 @contextlib.contextmanager
