@@ -321,7 +321,7 @@ def plan(
 @app.command()
 def doctor(
     output: Annotated[str | None, typer.Argument(help="The output folder to come, which all nodes must share.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For the links between nodes; 0 leaves them out.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0, help="For the links of nodes and GPUs; 0 leaves them out.")] = 10.0,
 ) -> None:
     """Examine the nodes of a job, under the launcher it will have: versions, devices, disks, clocks, links of nodes and GPUs.
 

@@ -16,7 +16,7 @@ from ds_pretrain.config import ConfigError, RunConfig, load_run, parse_run
 log = logging.getLogger(__name__)
 
 PREFLIGHT = 2.0
-"""Seconds for the links between nodes before a run; `doctor` takes more."""
+"""Seconds for the links of nodes and GPUs before a run; `doctor` takes more."""
 CHECKPOINT = 12
 """Bytes of a parameter in a checkpoint: fp32 weight and two moments."""
 

@@ -42,7 +42,7 @@ def test_what_is_sent_is_what_was_predicted(points):
 def test_a_step_on_one_rank_is_predicted_as_it_was_and_the_others_from_it(points):
     one, *others = (point.expected_seconds(calibrated(points)) for point in points)
     assert one == pytest.approx(points[0].seconds)
-    assert all(seconds > 0 for seconds in others)
+    assert all(seconds > one / 20 for seconds in others)
     assert [table.row_count for table in efficiency.tables(points, "weak")] == [3, 3]
 
 

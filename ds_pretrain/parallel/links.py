@@ -70,13 +70,15 @@ def tournament(board: Board, name: str, groups: Sequence[Sequence[int]], device:
     """
     played = zip_longest(*map(schedule, groups), fillvalue=[])
     rounds = [[*chain.from_iterable(of_groups)] for of_groups in played]
+    keeps = device.type == "cuda"  # NCCL keeps what it sends by, for each pair, as long as the group
+    group = dist.new_group(timeout=timedelta(seconds=_patience(device)), backend="nccl") if keeps else None
     players, began, found = sorted(chain.from_iterable(groups)), time.monotonic(), list[Link]()
     share = min(1.0, max(0.01, seconds / (3 * max(1, len(rounds)))))
     for number, pairs in enumerate(rounds, start=1):
         peer = next((a + b - board.rank for a, b in pairs if board.rank in (a, b)), None)
 
         def play(peer: int | None = peer) -> tuple[Link | None, bool]:
-            link = None if peer is None else _link(board.rank, peer, device, share)
+            link = None if peer is None else _link(board.rank, _Far(peer, device, group), share)
             return link, time.monotonic() - began > seconds
 
         told = board.gather(f"{name}, round {number}", play, players, _patience(device))
@@ -84,6 +86,8 @@ def tournament(board: Board, name: str, groups: Sequence[Sequence[int]], device:
         late = told[0][1]  # rank 0's watch
         if (late and number >= ROUNDS) or any(link.error for link in found):
             break
+    if group and not any(link.error for link in found):
+        dist.destroy_process_group(group)
     return found
 
 
@@ -92,9 +96,9 @@ def _patience(device: torch.device) -> float:
     return 2 * NCCL if device.type == "cuda" else DONE
 
 
-def _link(rank: int, peer: int, device: torch.device, share: float) -> Link:
+def _link(rank: int, far: _Far, share: float) -> Link:
     """What this rank sends to its partner, before or after the partner sends to it."""
-    far = _Far(peer, device)
+    peer = far.peer
     try:
         if rank < peer:
             latency, rate = far.send(share)
@@ -110,8 +114,8 @@ def _link(rank: int, peer: int, device: torch.device, share: float) -> Link:
 class _Far:
     """The other end of a link. A message is its size and as many bytes; the other end says when it has it."""
 
-    def __init__(self, peer: int, device: torch.device) -> None:
-        self.peer, self.word = peer, torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(self, peer: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self.peer, self.group, self.word = peer, group, torch.zeros(1, dtype=torch.int64, device=device)
 
     def send(self, share: float) -> tuple[float, float]:
         """Latency (seconds) and rate (bytes a second) of what goes from here to there."""
@@ -139,10 +143,10 @@ class _Far:
             self._put(self.word)
 
     def _put(self, x: Tensor) -> None:
-        _finish(dist.isend(x, self.peer), x)
+        _finish(dist.isend(x, self.peer, group=self.group), x)
 
     def _get(self, x: Tensor) -> Tensor:
-        _finish(dist.irecv(x, self.peer), x)
+        _finish(dist.irecv(x, self.peer, group=self.group), x)
         return x
 
 

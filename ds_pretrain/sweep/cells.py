@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
 from ds_pretrain.config import RunConfig
 from ds_pretrain.core.differing import differing
@@ -57,24 +58,33 @@ def state(cell: Cell) -> State:
     elif ended.get("status", "stopped") != "stopped":
         found = State(ended["status"], step, loss, ended["reason"])
     else:
-        found = State("stopped" if step else "waiting", step, loss, "")
-    if found.status != "waiting":
+        found = State("stopped" if _trained(cell) else "waiting", step, loss, "")
+    if found.status == "running" or _trained(cell):
         _agree(cell, ended)
     return found
 
 
+def _trained(cell: Cell) -> bool:
+    """Whether there is something of it that other settings would spoil: a step in its metrics, a checkpoint."""
+    return bool(last_line(cell.folder / "metrics.jsonl")) or any((cell.folder / "checkpoints").glob("step-*"))
+
+
 def _agree(cell: Cell, ended: Mapping[str, Any]) -> None:
     """ValueError if a cell was noted with settings, its run file's among them, that it does not have now."""
-    if ended and (changed := differing(_filled(ended["settings"]), _settings(cell))):
+    if not ended:
+        return
+    try:
+        before = RunConfig.model_validate(ended["settings"])  # which fills in fields that were not there then
+    except ValidationError as error:
+        raise ValueError(
+            f"{cell.folder / 'cell.json'} is of another version of ds_pretrain ({error.error_count()} fields differ): "
+            "remove this file, and the cell goes on from its checkpoint with the settings of now"
+        ) from error
+    if changed := differing(_settings(before), _settings(cell.config)):
         raise ValueError(
             f"{cell.folder} was run with other settings ({changed}): name what varies in the grid, choose another output, or "
             "remove it"
         )
-
-
-def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the defaults of fields that were not there when they were written."""
-    return RunConfig.model_validate(settings).model_dump(mode="json", exclude={"output"})
 
 
 def noted(folder: Path) -> dict[str, Any]:
@@ -84,8 +94,11 @@ def noted(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _settings(cell: Cell) -> dict[str, Any]:
-    return cell.config.model_dump(mode="json", exclude={"output"})
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What a cell may not change. The shape of a model that comes with weights is not the run's to say: rotary positions grow
+    with its rows."""
+    told = config.model_dump(mode="json", exclude={"output"})
+    return told | {"model": told["model"] | {"positions": None}} if config.init else told
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -104,8 +117,12 @@ def note(cell: Cell, status: Status, reason: str = "") -> None:
     """Write down how a cell has ended; or that it begins ("stopped"), and with which settings."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     begun = noted(cell.folder).get("settings") if status != "stopped" else None
-    told = {"status": status, "reason": reason, "settings": begun or _settings(cell)}
-    with whole(cell.folder / "cell.json") as file:
+    told = {"status": status, "reason": reason, "settings": begun or cell.config.model_dump(mode="json", exclude={"output"})}
+    _write(cell.folder, told)
+
+
+def _write(folder: Path, told: Mapping[str, Any]) -> None:
+    with whole(folder / "cell.json") as file:
         file.write(json.dumps(told, indent=1).encode())
 
 
@@ -191,10 +208,11 @@ def crowded(ranks: int, at_once: int) -> str:
     """What to know of cells that would share GPUs; nothing where each has its own, or there are none."""
     import torch
 
-    devices, wanted = torch.cuda.device_count(), ranks * at_once
-    return f"{at_once} cells of {ranks} ranks share {devices} GPUs: --at-once {max(1, devices // ranks)} gives each its own" * (
-        0 < devices < wanted
-    )
+    devices = torch.cuda.device_count()
+    if not 0 < devices < ranks * at_once:
+        return ""
+    fix = f"--at-once {devices // ranks} gives each its own" if ranks <= devices else f"lower the sweep's ranks to {devices}"
+    return f"{at_once} cells of {ranks} ranks share {devices} GPUs: {fix}"
 
 
 def _share(ranks: int, slot: int, at_once: int) -> dict[str, str]:
@@ -237,8 +255,6 @@ def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[st
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)
     with whole(kept) as file:
         file.write(text)
-    for cell in cells:
-        note(cell, "stopped")
     numbers = ",".join(str(spec.cells.index(cell)) for cell in cells)
     command = [
         "sbatch",
@@ -246,10 +262,25 @@ def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[st
         f"--output={spec.folder}/slurm/%A_%a.out",
         f"--ntasks-per-node={spec.ranks}",
     ]
-    try:
-        ran = subprocess.run([*command, *options, str(LAUNCHER), str(kept)], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ValueError("there is no sbatch here: submit from a SLURM cluster, or use ds-pretrain sweep run") from None
-    if ran.returncode:
-        raise ValueError(f"sbatch refuses the array: {ran.stderr.strip()}")
+    with _begun(cells):
+        try:
+            ran = subprocess.run([*command, *options, str(LAUNCHER), str(kept)], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise ValueError("there is no sbatch here: submit from a SLURM cluster, or use ds-pretrain sweep run") from None
+        if ran.returncode:
+            raise ValueError(f"sbatch refuses the array: {ran.stderr.strip()}")
     return ran.stdout.strip()
+
+
+@contextlib.contextmanager
+def _begun(cells: Sequence[Cell]) -> Iterator[None]:
+    """Note that cells begin; if that fails, what was known of them before."""
+    before = {cell.folder: noted(cell.folder) for cell in cells}
+    for cell in cells:
+        note(cell, "stopped")
+    try:
+        yield
+    except BaseException:
+        for folder, told in before.items():
+            _write(folder, told) if told else (folder / "cell.json").unlink()
+        raise

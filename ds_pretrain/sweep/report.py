@@ -64,6 +64,11 @@ class Line(NamedTuple):
         return ", ".join(self.labels.values()) or "all"
 
     @property
+    def sound(self) -> list[History]:
+        """Of the cells that have not failed."""
+        return [history for history, row in zip(self.histories, self.rows, strict=True) if row["status"] != "failed"]
+
+    @property
     def way(self) -> Mapping[str, str]:
         """What varies but for the budget."""
         return {axis: label for axis, label in self.labels.items() if axis not in Budget.model_fields}
@@ -372,12 +377,11 @@ def curves(found: Sequence[Line]) -> Figure:
     evaluated = [each for line in found for history in line.histories for each in history.evaluations]
     shown = "perplexity" if all("perplexity" in each for each in evaluated) else "loss"
     name = "validation perplexity (per token)" if shown == "perplexity" else "validation loss"
-    first = [_first_loss(history) for line in found for history in line.histories]
+    first = [_first_loss(history) for line in found for history in line.sound if len(history.column("loss")[1])]
     shares = shown == "loss" and max(first, default=1.0) > APART * min(first, default=1.0)
     figure, axes = _figure(2, 2)
     for line, (colour, style) in zip(found, _styles(found), strict=True):
-        sound = [history for history, row in zip(line.histories, line.rows, strict=True) if row["status"] != "failed"]
-        for history, label in zip(sound, [line.way_name or line.name, *[None] * len(sound)], strict=False):
+        for history, label in zip(line.sound, [line.way_name or line.name, *[None] * len(line.sound)], strict=False):
             look = {"color": colour, "linestyle": style, "linewidth": 1.3, "label": label}
             _draw_run(axes, history, shown, look, _first_loss(history) if shares else 1.0)
     for panel, title in zip(axes, ("training loss, smoothed", name, "gradient norm", "learning rate"), strict=True):

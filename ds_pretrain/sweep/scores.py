@@ -112,8 +112,8 @@ class Asked:
 
     def problems(self, objective: Objective) -> list[str]:
         """What keeps a run of this objective from being scored, known before it is trained."""
-        from_us = " (ds-pretrain tasks DATA writes passages.tsv)" if self.by == "probe" else ""
-        found = [f"scores.{self.name}: there is no {path}{from_us}" for path in self.paths if not path.exists()]
+        ours = {path: f": ds-pretrain tasks DATA -o {path.parent}" * (path.name == "passages.tsv") for path in self.paths}
+        found = [f"scores.{self.name}: there is no {path}{fix}" for path, fix in ours.items() if not path.exists()]
         if self.fields.get("split", "test") not in SPLITS:
             found.append(f"scores.{self.name}: {unknown('split', str(self.fields['split']), SPLITS)}")
         if self.by == "memorised" and objective.kind != "causal":

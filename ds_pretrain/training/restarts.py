@@ -36,10 +36,9 @@ def why_not(output: Path, code: int, most: int, job: str = "", signalled: bool =
         return "another job trains into it"
     steps, earlier = _lines(output / "metrics.jsonl"), _lines(output / "failures.jsonl")
     at = max([0, *(int(line["step"]) for line in steps), *_saved(output / "checkpoints")])
-    if output.is_dir():
-        told = {"time": time.strftime("%F %T"), "job": job, "code": code, "step": at, "signalled": signalled}
-        with (output / "failures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+    told = {"time": time.strftime("%F %T"), "job": job, "code": code, "step": at, "signalled": signalled}
+    if trouble := _note(output, told):
+        return trouble
     if code in LASTING:
         return f"exit code {code} is {LASTING[code]}"
     if steps and not math.isfinite(float(steps[-1].get("loss", 0))):
@@ -54,6 +53,20 @@ def why_not(output: Path, code: int, most: int, job: str = "", signalled: bool =
     last = [int(line["step"]) for line in earlier if not line.get("signalled")][1 - REPEATS :]
     if not signalled and len(last) == REPEATS - 1 and at <= min(last):
         return f"it failed {REPEATS} times in a row, now after step {at}: read the log of the last start before another"
+    return ""
+
+
+def _note(output: Path, told: dict[str, Any]) -> str:
+    """Append a failure to what a run knows of itself. Nodes that did not meet have made no folder for it, but without this line
+    the next start would take its failure for the first. Returns why that cannot be."""
+    try:
+        if told["code"] == FAILED:
+            output.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            with (output / "failures.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(told) + "\n")
+    except OSError as error:
+        return f"{output} cannot be written ({error.strerror})"
     return ""
 
 

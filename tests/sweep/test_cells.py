@@ -230,6 +230,7 @@ def test_other_settings_under_the_same_name_are_refused(swept, run_file):
 def test_cells_that_would_share_gpus_are_told(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert cells.crowded(4, 2) == "" and "--at-once 2 gives each its own" in cells.crowded(4, 3)
+    assert "lower the sweep's ranks to 8" in cells.crowded(16, 1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert cells.crowded(4, 3) == ""
 
@@ -330,7 +331,9 @@ def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
     assert table.splitlines()[0] == "| objective | finished | loss (nats per target) |"
     assert rest.splitlines()[2:] == ["- mdlm: bits_per_byte_bound 2.5"]
     assert report.curves(found).axes[0].get_ylabel() == "loss"
-    panel = report.curves([*found, line("electra", 26.0), report.Line({}, [{"status": "running"}], [History()])]).axes[1]
+    begins = report.Line({}, [{"status": "running"}], [History()])
+    assert report.curves([*found, begins]).axes[0].get_ylabel() == "loss", "a run without a step is of no scale"
+    panel = report.curves([*found, line("electra", 26.0), begins]).axes[1]
     assert panel.get_ylabel() == "loss / training loss of the first step"
     assert {float(drawn.get_ydata()[0]) for drawn in panel.lines} == {0.5}
 
@@ -388,3 +391,40 @@ def test_an_edit_of_a_sweep_or_its_base_changes_no_cell_that_waits(run_file, tmp
     with pytest.raises(ValueError, match=r"seed=1 was run with other settings \(optimizer.warmup_steps: 2 -> 3\)"):
         cells.train(read(kept).cells[1])
     assert cells.state(read(kept).cells[1]).status == "waiting", "here, or submitted again, it may have them"
+    cells.note(read(kept).cells[1], "failed", "its settings")  # as the batch script says
+    assert cells.state(read(kept).cells[1]).status == "failed" and cells.todo(read(kept), again=True), "nothing was trained"
+
+
+def test_a_refused_array_leaves_what_was_known(run_file, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    spec = read(str(sweep_file(run_file, tmp_path / "sweep", {"seed": [0, 1]})))
+    cells.note(spec.cells[0], "failed", "it diverged")
+    with pytest.raises(ValueError, match="sbatch refuses the array: invalid partition"):
+        cells.submit(spec, spec.cells, 1, [])
+    assert cells.state(spec.cells[0]).reason == "it diverged" and not cells.noted(spec.cells[1].folder)
+
+
+def test_what_a_cell_was_run_with(run_file, tmp_path):
+    """A checkpoint before the first logged step counts; the positions of weights that came in grow; files of other versions."""
+    cell = read(str(sweep_file(run_file, tmp_path / "sweep", {"seed": [0]}))).cells[0]
+
+    def with_its(**changed):
+        return SimpleNamespace(folder=cell.folder, config=cell.config.model_copy(update=changed))
+
+    cells.note(cell, "stopped")
+    assert cells.state(with_its(seed=5)).status == "waiting"
+    (cell.folder / "checkpoints" / "step-5").mkdir(parents=True)
+    assert cells.state(cell).status == "stopped"
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 5\)"):
+        cells.state(with_its(seed=5))
+    for init, agrees in (("weights", True), (None, False)):
+        models = [cell.config.model.model_copy(update={"positions": n}) for n in (128, 256)]
+        begun, gone_on = (with_its(init=init, model=model) for model in models)
+        cells.note(begun, "stopped")
+        with contextlib.nullcontext() if agrees else pytest.raises(ValueError, match=r"model\.positions: 128 -> 256"):
+            cells.state(gone_on)
+    (cell.folder / "cell.json").write_text(json.dumps({"status": "stopped", "reason": "", "settings": {"optimizer.lr": 1}}))
+    with pytest.raises(ValueError, match=r"cell\.json is of another version .* remove this file"):
+        cells.state(cell)

@@ -112,9 +112,9 @@ def test_what_is_worth_another_start(tmp_path, monkeypatch):
         assert "another job" in failed(50)  # whose code a launcher hid
     assert "before its first step" in why_not(tmp_path / "nothing", 1, 5)
     assert why_not(tmp_path / "nothing", 1, 5, signalled=True) == ""
-    (tmp_path / "new").mkdir()
     assert why_not(tmp_path / "new", FAILED, 5) == "", "nodes that did not meet may do so now"
     assert "2 times in a row" in why_not(tmp_path / "new", FAILED, 5)
+    assert "cannot be written (Not a directory)" in why_not(tmp_path / "metrics.jsonl" / "new", FAILED, 5)
     (tmp_path / "stop").touch()
     assert "keeps it from training" in failed(60)
     assert [json.loads(line)["step"] for line in (tmp_path / "failures.jsonl").read_text().splitlines()] == [
