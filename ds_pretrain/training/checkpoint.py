@@ -323,7 +323,7 @@ def check_model(snapshot: Snapshot, engine: Engine, but: tuple[str, ...] = ()) -
     theirs = snapshot.shapes
     wrong = [
         f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} in the model"
-        for name in {**ours, **theirs}
+        for name in sorted({**ours, **theirs})
         if theirs.get(name) != ours.get(name) and not (name.startswith(but) and (name not in ours or name not in theirs))
     ]
     was, now = ModelConfig(**snapshot.manifest["model"]), engine.build.model
