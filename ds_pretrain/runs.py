@@ -216,7 +216,17 @@ def run_of(output: str | Path) -> RunConfig:
     path = Path(output) / "run.yaml"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the output folder of a run that was trained or imported")
-    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return parse_run(_here(yaml.safe_load(path.read_text(encoding="utf-8")), Path(output)), str(path))
+
+
+def _here(values: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Settings whose paths in the run's own folder lead there, wherever it was moved and from wherever it is looked at."""
+    was, data = values.get("output"), values.get("data", {})
+    if not was:
+        return values
+    own = {name: data[name] for name in ("path", "tokenizer") if data.get(name) and Path(data[name]).is_relative_to(was)}
+    moved = {name: str(output / Path(path).relative_to(was)) for name, path in own.items()}
+    return {**values, "output": str(output), "data": {**data, **moved}}
 
 
 def load_model(output: str) -> Any:
@@ -230,12 +240,37 @@ def load_model(output: str) -> Any:
     return FrozenModel(output, config.make_objective(), ParallelPlan(tensor=tensor))
 
 
+def own_tokenizer(output: str | Path, manifest: Mapping[str, Any]) -> Any:
+    """The tokenizer of a run's checkpoint; None where none came in with its weights. ValueError if it is gone, or another than
+    the manifest says, or of more ids than there are rows."""
+    from ds_pretrain.models.config import ModelConfig
+
+    config, digest = run_of(output), manifest.get("tokenizer")
+    where, rows = config.data.tokenizer or f"{config.data.path}/tokenizer", ModelConfig(**manifest["model"]).vocab_size
+    found = tokenizer_of(config)
+    if digest and found is None:
+        raise ValueError(
+            f"{where} does not exist, and {output} was trained with it: go to the folder that this path counts from, or name "
+            f"the tokenizer's place in {output}/run.yaml as data.tokenizer"
+        )
+    if found and ((digest and found.digest != digest) or len(found) > rows):
+        raise ValueError(
+            f"{where} is not the tokenizer that {output} was trained with: it has {len(found)} ids and digest {found.digest}, "
+            f"not {rows if len(found) > rows else digest}; name the right one's folder in {output}/run.yaml as data.tokenizer"
+        )
+    return found
+
+
 def load_tokenizer(output: str) -> Any:
-    """The tokenizer that a run or an import reads with. ValueError if it is gone."""
-    config = run_of(output)
-    tokenizer = tokenizer_of(config)
+    """The tokenizer that a run or an import reads with. ValueError as `own_tokenizer`, and if there is none."""
+    from ds_pretrain.training import checkpoint
+
+    newest = next(iter(checkpoint.steps(Path(output) / "checkpoints")), None)
+    if newest is None:
+        raise ValueError(f"no checkpoint in {output}/checkpoints: train the run first")
+    tokenizer = own_tokenizer(output, checkpoint.read_manifest(newest))
     if tokenizer is None:
-        raise ValueError(f"{config.data.tokenizer or config.data.path} holds no tokenizer, which {output} was trained with")
+        raise ValueError(f"{output} came in without a tokenizer: name one in {output}/run.yaml as data.tokenizer")
     return tokenizer
 
 

@@ -149,7 +149,8 @@ def resize(
     made = extension.load(tokenizer)
     follow = _Run.of(checkpoint, output, Path(data), made.tokenizer) if data and not DIGEST.fullmatch(data) else None
     digest = follow.digest if follow else data
-    path = run(checkpoint, output, len(made.tokenizer), made.parts if rows == "pieces" else None, digest)
+    parts = made.parts if rows == "pieces" else None
+    path = run(checkpoint, output, len(made.tokenizer), parts, digest, tokenizer=made.tokenizer.digest)
     out.print(f"{path}: {len(made.tokenizer):,} ids, {len(made.parts):,} of them new")
     words = follow.write(path) if follow else _unnamed(checkpoint, tokenizer, output, digest, path)
     out.print(f"next: {shlex.join(words)}", markup=False, soft_wrap=True)

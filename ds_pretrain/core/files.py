@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 log = logging.getLogger(__name__)
+Read = TypeVar("Read", dict[str, Any], list[Any])
 
 
 def beside(path: Path) -> Path:
@@ -47,9 +48,10 @@ def sync(path: str | Path) -> None:
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends. ValueError if something is there already."""
+    folder = folder.resolve()  # a link to an empty folder stays a link
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: give the name of a folder that is not there yet, or empty it")
-    attempt = beside(folder.resolve())
+    attempt = beside(folder)
     attempt.mkdir(parents=True)
     try:
         yield attempt
@@ -62,6 +64,20 @@ def appearing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(attempt, ignore_errors=True)
         raise
+
+
+def read_json(path: Path, otherwise: Read) -> Read:
+    """The mapping or list in a file of JSON, or `otherwise`, which is of its kind, where there is no file. ValueError with its
+    name if it holds something else."""
+    if not path.exists():
+        return otherwise
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
+    if not isinstance(found, type(otherwise)):
+        raise ValueError(f"{path} holds no {'mapping' if isinstance(otherwise, dict) else 'list'}: copy it again")
+    return found
 
 
 def json_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:

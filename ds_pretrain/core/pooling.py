@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ds_pretrain.core.files import read_json
+
+UNLIMITED = 1 << 30
+"""A limit that is none: tokenizers write 1e30."""
 
 
 class Sentences(NamedTuple):
@@ -32,9 +36,10 @@ def sentences_of(folder: Path) -> Sentences:
             f"{folder / 'sentence_bert_config.json'} asks for lower case, which the tokenizer does not make: set do_lower_case "
             "to false, and write the texts in lower case"
         )
-    limit = said.get("max_seq_length")
-    names = _modules(folder)
-    return Sentences(pooling_of(folder) if names else None, limit, "Normalize" in names)
+    names = [_kind(module) for module in _modules(folder)]
+    limit = said.get("max_seq_length") or read_json(folder / "tokenizer_config.json", {}).get("model_max_length")
+    known = isinstance(limit, int) and limit < UNLIMITED
+    return Sentences(pooling_of(folder), limit if known else None, "Normalize" in names) if names else Sentences()
 
 
 def pooling_in(manifest: Mapping[str, Any], trained: str) -> str:
@@ -45,10 +50,16 @@ def pooling_in(manifest: Mapping[str, Any], trained: str) -> str:
 
 def pooling_of(folder: Path) -> str:
     """`cls` or `mean`, which is also what stands for a folder that does not say. ValueError for other ways and more layers."""
-    if strange := [name for name in _modules(folder) if name not in ("Transformer", "Pooling", "Normalize")]:
+    modules = _modules(folder)
+    if strange := [kind for kind in map(_kind, modules) if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise ValueError(f"{folder / 'modules.json'} has a {strange[0]} layer, which is not supported: choose a model without")
-    path = folder / "1_Pooling" / "config.json"
-    told = read_json(path, {"pooling_mode": "mean"})
+    paths = [folder / module["path"] / "config.json" for module in modules if _kind(module) == "Pooling"]
+    if not paths:
+        return "mean"
+    path = paths[0]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which {folder / 'modules.json'} names: copy it again")
+    told = read_json(path, dict[str, Any]())
     on = [key.removeprefix("pooling_mode_") for key, value in told.items() if value is True and key.startswith("pooling_mode_")]
     asked = told.get("pooling_mode", on)
     # cls_token, mean_tokens, mean_sqrt_len_tokens; the last points where the mean does.
@@ -67,10 +78,15 @@ def _lowers(normalizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _modules(folder: Path) -> list[str]:
-    return [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json", [])]
+def _modules(folder: Path) -> list[dict[str, str]]:
+    """The layers of a sentence model, each with its type and the path of its files. ValueError where they say neither."""
+    path = folder / "modules.json"
+    found = read_json(path, [])
+    if not all(isinstance(each, dict) and {"type", "path"} <= each.keys() for each in found):
+        raise ValueError(f"{path} lists layers without type and path: copy it again")
+    return found
 
 
-def read_json(path: Path, otherwise: Any) -> Any:
-    """What a file says, or something else where there is none."""
-    return json.loads(path.read_bytes()) if path.exists() else otherwise
+def _kind(module: Mapping[str, str]) -> str:
+    """Its class, wherever a version of the library has that."""
+    return module["type"].rpartition(".")[2]

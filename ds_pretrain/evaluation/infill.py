@@ -29,6 +29,10 @@ def problems(objective: Objective) -> list[str]:
     return [f"a run of {objective.name} has never seen a document with its middle moved: infill needs a run of fim"]
 
 
+LEAST = 8
+"""Tokens before a gap, and after it, that are worth asking a model by."""
+
+
 @dataclass(frozen=True)
 class Gap:
     """A document with one line missing."""
@@ -89,10 +93,16 @@ def gaps(dataset: PretrainingDataset, count: int, seed: int = 0) -> Iterator[Gap
 
 def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int = 64, one_line: bool = True) -> Infilled:
     """What is missing as the model writes it, one line of it or all. Text beyond the model's window is cut off on the far
-    sides."""
+    sides. ValueError where next to nothing of it would be left."""
     vocab = tokenizer.vocabulary
     pre, suf, mid = (vocab.names[name] for name in NAMES)
-    room = max(8, ((model.build.model.positions or 1 << 30) - tokens - 5) // 2)
+    positions = model.build.model.positions or 1 << 30
+    room = (positions - tokens - 5) // 2
+    if room < LEAST:
+        raise ValueError(
+            f"{tokens} tokens leave no room for the text around them in {positions} positions: ask for at most "
+            f"{max(0, positions - 5 - 2 * LEAST)}"
+        )
     before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [vocab.begin, pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []

@@ -7,6 +7,7 @@ a model leaves with an embedding as wide as its layers and a group of its own fo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -22,6 +23,7 @@ from ds_pretrain.interop.rules import (
     Side,
     Way,
     both,
+    classifiers,
     grouped,
     read,
     require,
@@ -31,6 +33,7 @@ from ds_pretrain.interop.rules import (
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective
 
+log = logging.getLogger(__name__)
 EMBEDDINGS = {
     "word": "word_embeddings",
     "embed.position": "position_embeddings",
@@ -113,9 +116,16 @@ def _word_rules(model: ModelConfig, transform: str, norm: str, predictions: str)
     if model.tie_embeddings:
         yield Rule("head.output_bias.bias", (f"{predictions}.bias",))
         return
-    first = Way(lambda used, *idle: used, lambda x: (x, x))
+    first = Way(_used, lambda x: (x, x))
     yield Rule("head.output_bias.bias", (f"{predictions}.decoder.bias", f"{predictions}.bias"), first, copies=True)
     yield Rule("output.weight", (f"{predictions}.decoder.weight",))
+
+
+def _used(used: Tensor, *idle: Tensor) -> Tensor:
+    """The bias that is added."""
+    if not all(torch.equal(used, each) for each in idle):
+        log.warning("predictions.bias is not predictions.decoder.bias, which alone is added: both go out as the latter")
+    return used
 
 
 def _tied(predictions: str, embeddings: str) -> dict[str, str]:
@@ -124,6 +134,12 @@ def _tied(predictions: str, embeddings: str) -> dict[str, str]:
         rf"^{predictions}\.decoder\.weight$": f"{embeddings}.word_embeddings.weight",
         rf"^{predictions}\.decoder\.bias$": f"{predictions}.bias",
     }
+
+
+def _pooled(objective: Objective) -> bool:
+    """Whether BERT's pooler and the two classes of its pair head are all that is there beside words."""
+    found = classifiers(objective)
+    return len(found) <= 1 and all(each == ("nsp", 2, "tanh") or each[1:] == (0, "tanh") for each in found)
 
 
 def _words_and_classifier(objective: Objective) -> tuple[bool, str | None, bool]:
@@ -161,7 +177,7 @@ FAMILIES.register("bert")(
         objective=trained_for(
             {"BertForPreTraining": "bert", "BertForNextSentencePrediction": "nsp", "BertModel": "simcse"}, "mlm"
         ),
-        takes=lambda m, objective: is_encoder(m, objective) and not {"sop", "rtd"} & {head.name for head in objective.heads},
+        takes=lambda m, objective: is_encoder(m, objective) and _pooled(objective),
         sides=lambda model, objective: {"": _bert(model, objective)},
         heads=r"cls\.|bert\.pooler\.",
         rename=lambda model: {
@@ -244,7 +260,11 @@ FAMILIES.register("albert")(
     Family(
         model=_albert_model,
         objective=trained_for({"AlbertForPreTraining": "albert"}, "albert"),
-        takes=lambda m, objective: is_encoder(m, objective) and {"mlm", "sop"} == {head.name for head in objective.heads},
+        takes=lambda m, objective: (
+            is_encoder(m, objective)
+            and classifiers(objective) == {("sop", 2, "tanh")}
+            and any(head.classes is None for head in objective.heads)
+        ),
         sides=lambda model, objective: {"": _albert(model, objective)},
         heads=r"predictions\.|sop_classifier\.|albert\.pooler\.",
         rename=lambda model: {

@@ -55,8 +55,14 @@ def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side]
     return [
         ("architecture", ", ".join(side.architecture for side in sides.values())),
         ("precision of the file", precision),
-        *(_training(config, facts) if "imported" not in facts else [("imported from", "transformers, and not trained since")]),
+        *(_training(config, facts) if "imported" not in facts else _import(facts)),
     ]
+
+
+def _import(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    grown = facts["origin"]["ids"] - facts["resized"]["from"] if "resized" in facts else 0
+    made = [("made since", f"{grown:,} ids, whose rows are not trained")] if grown else []
+    return [("imported from", "transformers, and not trained since"), *made]
 
 
 def _training(config: RunConfig, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:

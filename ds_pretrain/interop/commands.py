@@ -22,8 +22,7 @@ from ds_pretrain.interop.folder import SHARD
 from ds_pretrain.interop.origin import known_tokens, origin_of
 from ds_pretrain.interop.tokenizer import save_tokenizer, special_ids
 from ds_pretrain.interop.transfer import PRECISIONS, Arrival, Precision, hand_out, name_of
-from ds_pretrain.models.config import ModelConfig
-from ds_pretrain.runs import run_of, tokenizer_of
+from ds_pretrain.runs import own_tokenizer, run_of
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
 
@@ -43,7 +42,8 @@ def bring_in(
     tokenizer = _tokenizer(main, arrival, origin)
     origin |= {"ids": len(tokenizer)} if tokenizer else {}
     with appearing(output) as attempt:
-        arrival.save(attempt, {"objective": arrival.objective.name, "data": None, "cursor": None, "origin": origin})
+        facts = {"objective": arrival.objective.name, "data": None, "cursor": None, "origin": origin}
+        arrival.save(attempt, {**facts, "tokenizer": tokenizer.digest if tokenizer else None})
         if tokenizer:
             tokenizer.save(attempt / "tokenizer")
         _write_yaml(attempt / "run.yaml", _run_of(arrival, output, tokenizer is not None))
@@ -116,16 +116,11 @@ def send_out(
     snapshot, objective = Snapshot(path), config.make_objective()
     came = snapshot.manifest.get("imported", {}).get("precision")
     kept = Precision.read(came) if came and not precision else Precision(PRECISIONS[precision or "float32"])
-    tokenizer, rows = tokenizer_of(config), ModelConfig(**snapshot.manifest["model"]).vocab_size
-    if tokenizer and len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer of {output} has {len(tokenizer)} ids now, the model {rows} rows: it is not the one that it was "
-            "trained with; prepare the data with that one again, or name its folder in run.yaml as data.tokenizer"
-        )
+    tokenizer = own_tokenizer(output, snapshot.manifest)
     with appearing(folder) as attempt:
         origin = snapshot.manifest.get("origin", {})
         generation = origin.get("generation", {})
-        extra = special_ids(tokenizer, generation) if tokenizer else {}
+        extra = special_ids(tokenizer, generation) if tokenizer else _ids_of(snapshot.manifest)
         sides = hand_out(snapshot, objective, attempt, extra, kept, shard)
         for place in sides:
             if tokenizer:
@@ -139,9 +134,15 @@ def send_out(
             pooling = pooling_in(snapshot.manifest, objective.pooling)
             _sentence_model(attempt / next(iter(sides)), Sentences(**{**origin.get("sentences", {}), "pooling": pooling}))
         if not tokenizer:
-            log.warning("%s has no tokenizer any more: the folder goes out without one, put it in yourself", output)
+            log.warning("no tokenizer came in with %s: the folder goes out without one, put it in yourself", output)
         (attempt / "README.md").write_text(card(output, config, snapshot, sides, name_of(kept.most)), encoding="utf-8")
     return [folder / place for place in sides]
+
+
+def _ids_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The special ids of the config that came in, which stand where no tokenizer says any."""
+    config = manifest.get("imported", {}).get("config", {})
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
 
 
 MODULES = [

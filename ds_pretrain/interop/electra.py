@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_pretrain.interop.bert import embedding_rules, fields_of, is_encoder, layer_rules, shape_of
-from ds_pretrain.interop.rules import FAMILIES, Family, Fields, Rule, Side, Way, both, require
+from ds_pretrain.interop.rules import FAMILIES, Family, Fields, Rule, Side, Way, both, classifiers, require
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.objectives import Objective, create
 
@@ -83,7 +83,8 @@ def _sides(model: ModelConfig, objective: Objective) -> dict[str, Side]:
 
 def _takes(m: ModelConfig, objective: Objective) -> bool:
     """A generator as wide as its model has no projection of the embeddings there, and one here."""
-    if not (is_encoder(m, objective) and m.tie_embeddings and m.activation == "gelu" and objective.generator):
+    fits = is_encoder(m, objective) and m.tie_embeddings and m.activation == "gelu"
+    if not (fits and objective.generator and classifiers(objective) == {("rtd", 2, "gelu")}):
         return False
     return m.narrower(objective.generator[1]).hidden != m.hidden
 

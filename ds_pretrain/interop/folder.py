@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ds_pretrain.core.files import read_json
+
+log = logging.getLogger(__name__)
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """What the format calls them."""
@@ -35,7 +38,7 @@ class Stored:
         config = self.folder / "config.json"
         if not config.is_file():
             raise ValueError(f"{config} does not exist: give a folder that save_pretrained() wrote")
-        self.config = _mapping(config)
+        self.config: dict[str, Any] = read_json(config, {})
         self.pickles = pickles and not self._has(SAFE)
         if not self._has(PICKLED if self.pickles else SAFE):
             raise ValueError(self._absent())
@@ -53,13 +56,18 @@ class Stored:
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """Every tensor's name and the file it lies in. ValueError naming what is missing."""
+        """Every tensor's name and the file it lies in; one file counts before an index, as in transformers. ValueError naming
+        what is missing."""
         name = PICKLED if self.pickles else SAFE
-        index = self.folder / f"{name}.index.json"
-        if not index.is_file():
+        if (self.folder / name).is_file():
             return dict.fromkeys(self._names(self.folder / name), self.folder / name)
-        if not isinstance(places := _mapping(index).get("weight_map"), dict):
+        index = self.folder / f"{name}.index.json"
+        if not isinstance(places := read_json(index, dict[str, Any]()).get("weight_map"), dict):
             raise ValueError(f"{index} has no weight_map: copy it again")
+        if outside := [tensor for tensor, file in places.items() if not isinstance(file, str) or Path(file).name != file]:
+            raise ValueError(
+                f"{index} says that {outside[0]} lies in {places[outside[0]]!r}, which is no file of this folder: copy it again"
+            )
         for file in sorted(set(places.values())):
             listed = [tensor for tensor, place in places.items() if place == file]
             if not (self.folder / file).is_file():
@@ -101,17 +109,6 @@ class Stored:
             return tuple(tensors[name].shape if self.pickles else tensors.get_slice(name).get_shape())
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """A JSON file. ValueError with its name if it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no mapping: copy it again")
-    return found
-
-
 @functools.cache
 def _pickled(path: Path) -> dict[str, Tensor]:
     """All tensors of a pickle; from the disk where its format lets them lie there."""
@@ -120,10 +117,12 @@ def _pickled(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
                 return found
-            told = "it holds something else"
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            told = (str(error) or "it is empty").splitlines()[0]
-    raise ValueError(f"{path} is no pickle of tensors alone: {told}")
+        except Exception as error:  # bytes that are no pickle end in any
+            log.debug("%s with mmap=%s: %s", path, mmap, error)
+    raise ValueError(
+        f"{path} is damaged, or holds other objects than tensors, which are never made: copy it again, or save the model as "
+        "safetensors where it comes from"
+    )
 
 
 class Entry(NamedTuple):

@@ -29,7 +29,7 @@ NAMES = {
     "kv_heads": Name("num_key_value_heads", None),
     "ffn": Name("intermediate_size"),
     "vocab": Name("vocab_size"),
-    "positions": Name("max_position_embeddings", None),
+    "positions": Name("max_position_embeddings", 2048),
     "norm_eps": Name("rms_norm_eps", 1e-6),
     "bias": Name("attention_bias", False),
     "tie_embeddings": Name("tie_word_embeddings", False),
@@ -73,8 +73,11 @@ def _rope(m: ModelConfig) -> Fields:
 
 
 def _fields(m: ModelConfig) -> Fields:
+    known = written(m, NAMES)
+    limit = NAMES["positions"]
     return {
-        **written(m, NAMES),
+        **known,
+        limit.theirs: known[limit.theirs] or limit.default,
         "head_dim": m.head_dim,
         "hidden_act": "silu",
         "mlp_bias": m.bias,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_pretrain.core.pooling import read_json, sentences_of
+from ds_pretrain.core.files import read_json
+from ds_pretrain.core.pooling import sentences_of
 
 TOKENIZER = ("chat_template", "model_max_length")
 """Fields of tokenizer_config.json that are not about its ids."""

@@ -136,6 +136,11 @@ def trained_for(classes: Mapping[str, str], other: str) -> Callable[[str | None,
     return choose
 
 
+def classifiers(objective: Objective) -> set[tuple[str, int, str]]:
+    """Name, classes and activation of each head that is not over words: what a class of the library has to have too."""
+    return {(head.name, head.classes, head.activation) for head in objective.heads if head.classes is not None}
+
+
 class Name(NamedTuple):
     """What a config calls a field of ours. default: the field's value where the config leaves it out; none: it may not."""
 

@@ -6,11 +6,11 @@ Both read and write one parameter at a time; neither needs an accelerator, nor m
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ds_pretrain.interop.folder import DTYPES, SHARD, Entry, Stored, canonical, 
 from ds_pretrain.interop.rules import FAMILIES, Family, Rule, Side, family_of
 from ds_pretrain.models.config import ModelConfig
 from ds_pretrain.models.transformer import initial_value
-from ds_pretrain.objectives import Objective
+from ds_pretrain.objectives import Objective, create
 from ds_pretrain.parallel.shards import Shard
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Piece, Snapshot
@@ -35,7 +35,7 @@ PIECES = 1 << 26
 
 @dataclass(frozen=True)
 class Precision:
-    """What parameters are stored in: most of them in one precision, others, by logical name, in another."""
+    """What tensors are stored in: most of them in one precision, others, by class and stored name, in another."""
 
     most: torch.dtype
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -102,10 +102,11 @@ class Source:
         """One of our parameters, in the precision it is stored in."""
         return rule.way.make(*(self._tensor(name) for name in rule.stored if name in self.names))
 
-    def precision(self, rule: Rule) -> torch.dtype:
-        """The one that holds all of its tensors."""
-        held = {self.stored.dtype(spelling) for name in rule.stored for spelling in self.names.get(name, ())}
-        return functools.reduce(torch.promote_types, (dtype for dtype, name in DTYPES.items() if name in held))
+    def precisions(self) -> Iterator[tuple[str, torch.dtype]]:
+        """That of each stored tensor that has a rule."""
+        known = {name: dtype for dtype, name in DTYPES.items()}
+        for name in (name for rule in self.side.rules for name in rule.stored if name in self.names):
+            yield f"{self.side.architecture}:{name}", known[self.stored.dtype(self.names[name][0])]
 
     def _tensor(self, name: str) -> Tensor:
         first, *others = self.names[name]
@@ -146,6 +147,8 @@ class Arrival:
         if not isinstance(name, str):
             raise ValueError(f"{folder}/config.json has no model_type: it must be one of {', '.join(FAMILIES)}")
         family = FAMILIES[name]
+        if objective:
+            create(objective)  # an unknown name is no fault of the config
         if set(places) != set(family.places):
             raise ValueError(
                 f"{name} is one model: leave out --generator, or give the folder that has its config.json"
@@ -154,16 +157,9 @@ class Arrival:
             )
         stored = {place: Stored(path, pickles) for place, path in places.items()}
         where = next(iter(places.values())) / "config.json"
-        try:
+        with _reading(where):
             model = family.model(main)
             made = family.objective(objective, {place: each.config for place, each in stored.items()})
-        except KeyError as missing:
-            raise ValueError(f"{where} has no {missing}: copy it again") from None
-        except ValidationError as error:
-            told = "; ".join(f"{each['loc'][-1]}: {each['msg']} ({each['input']!r})" for each in error.errors())
-            raise ValueError(f"{where} describes no model: {told}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         if wrong := model.problems():
             raise ValueError(f"{where} describes no model: {'; '.join(wrong)}")
         if not family.takes(model, made):
@@ -201,11 +197,25 @@ class Arrival:
         return final
 
     def _told(self) -> dict[str, Any]:
-        held = {
-            rule.logical: source.precision(rule) for source in self.sources for rule in source.side.rules if source.has(rule)
-        }
+        held = dict(pair for source in self.sources for pair in source.precisions())
         lists = {"fresh": list(self.fresh), "left_out": list(self.left_out)}
         return {"config": dict(self.config), "precision": Precision.of(held).told(), **lists}
+
+
+@contextmanager
+def _reading(config: Path) -> Iterator[None]:
+    """ValueError with the file's name for whatever is wrong with a config."""
+    try:
+        yield
+    except KeyError as missing:
+        raise ValueError(f"{config} has no {missing}: copy it again") from None
+    except ValidationError as error:
+        told = "; ".join(f"{each['loc'][-1]}: {each['msg']} ({each['input']!r})" for each in error.errors())
+        raise ValueError(f"{config} describes no model: {told}") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{config} has a field that is 0 or of another type than it should be ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from None
 
 
 def _checked(
@@ -251,7 +261,7 @@ def hand_out(
         (target / "config.json").write_text(json.dumps({**kept, **side.fields, **extra}, indent=2) + "\n", encoding="utf-8")
         rules = [rule for rule in side.rules if rule.logical not in fresh]
         entries = [
-            Entry(stored.removeprefix(side.bare), shape, precision[rule.logical])
+            Entry(stored.removeprefix(side.bare), shape, precision[f"{side.architecture}:{stored}"])
             for rule in rules
             for stored, shape in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True)
         ]

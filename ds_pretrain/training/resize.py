@@ -35,12 +35,20 @@ BIASES = ".output_bias.bias"
 Parts = Sequence[Sequence[int]]
 
 
-def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, data: str | None = None, seed: int = 0) -> Path:
+def resize(
+    source: Path,
+    output: Path,
+    vocab: int,
+    parts: Parts | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
+) -> Path:
     """Write `output/checkpoints/step-N` from the checkpoint `source` (a step-N folder), with rows for `vocab` ids.
 
     parts: for each new id the old ids that spell it, none where nothing does (it then gets the mean of all rows); left out,
     new rows are drawn. data: the digest of the dataset that a run goes on with, from its beginning; left out, the checkpoint
-    serves evaluation and generation, and resuming is refused.
+    serves evaluation and generation, and resuming is refused. tokenizer: the digest of the one that has these ids.
     """
     if found := checkpoint.damages(source):
         raise ValueError(f"{source} is not a sound checkpoint: {found[0]}")
@@ -52,7 +60,9 @@ def resize(source: Path, output: Path, vocab: int, parts: Parts | None = None, d
     if final.exists():
         raise ValueError(f"{final} exists: choose another output, or remove it")
     known = {"model": snapshot.manifest["model"] | {"vocab": max(vocab, rows)}, "resized": {"from": old}}
-    manifest = snapshot.manifest | known | {"origin": snapshot.manifest.get("origin", {}) | {"ids": vocab}}
+    manifest = (
+        snapshot.manifest | known | {"tokenizer": tokenizer} | {"origin": snapshot.manifest.get("origin", {}) | {"ids": vocab}}
+    )
     if data is not None:
         manifest |= {"data": data, "cursor": None}
     else:

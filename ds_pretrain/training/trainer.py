@@ -223,6 +223,7 @@ class PreTrainer:
             "objective_fields": repr(self.objective),
             "first_loss": self._first_loss,
             "data": self.dataset.digest,
+            "tokenizer": self.dataset.tokenizer.digest,
             "cursor": list(self.cursor),
             "tokens": self.tokens,
             "consumed": dict(sorted(self.consumed.items())),

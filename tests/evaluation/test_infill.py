@@ -70,5 +70,7 @@ def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatc
     task.infill(model, dataset.tokenizer, long, tokens=16)
     assert len(seen[1]) <= 128 - 16 - 1 and seen[1][:2] == [begin, pre] and seen[1][-1] == mid
     assert dataset.tokenizer.decode(seen[1][2 : seen[1].index(suf)]).endswith("x = 1\n")
+    with pytest.raises(ValueError, match=r"110 tokens leave no room .* in 128 positions: ask for at most 107"):
+        task.infill(model, dataset.tokenizer, long, tokens=110)
     line += dataset.tokenizer.encode("z = 3\n").tolist()
     assert task.infill(model, dataset.tokenizer, CODE, one_line=False).written == "    return x\nz = 3\n"

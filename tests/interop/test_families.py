@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import theirs
@@ -10,12 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ds_pretrain.core.batch import Head
 from ds_pretrain.interop import transfer
 from ds_pretrain.interop.commands import bring_in, send_out
 from ds_pretrain.interop.folder import Stored
 from ds_pretrain.interop.rules import FAMILIES
 from ds_pretrain.interop.transfer import Arrival
 from ds_pretrain.models.config import ModelConfig
+from ds_pretrain.objectives import create
 from ds_pretrain.runs import load_model
 from ds_pretrain.training import checkpoint
 from ds_pretrain.training.checkpoint import Snapshot
@@ -53,7 +56,8 @@ def test_tensors_of_several_precisions_keep_theirs(tmp_path):
     theirs.save("llama grouped", tmp_path / "in", torch.bfloat16)
     state = load_file(tmp_path / "in" / "model.safetensors")
     norms = {name: x.float() + 1e-4 for name, x in state.items() if "norm" in name}
-    save_file({**state, **norms}, tmp_path / "in" / "model.safetensors")
+    keys = {name: x.float() + 1e-4 for name, x in state.items() if "k_proj" in name}  # a part of what is one for us
+    save_file({**state, **norms, **keys}, tmp_path / "in" / "model.safetensors")
     bring_in(tmp_path / "in", tmp_path / "run")
     send_out(tmp_path / "run", tmp_path / "out")
     identical(tmp_path / "in", tmp_path / "out")
@@ -126,6 +130,58 @@ def test_several_files_are_read_as_one(tmp_path):
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
     found = [dict(Arrival.of(tmp_path / name).parameters()) for name in ("one", "several")]
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_one_file_counts_before_an_index_as_it_does_for_transformers(tmp_path):
+    """Saved in parts and then in one, a folder keeps the index of parts that are gone."""
+    theirs.save("llama grouped", tmp_path / "in", max_shard_size="100KB")
+    theirs.save("llama grouped", tmp_path / "one")
+    for part in (tmp_path / "in").glob("*.safetensors"):
+        part.unlink()
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    send_out(tmp_path / "run", tmp_path / "out")
+    identical(tmp_path / "one", tmp_path / "out")
+
+
+def test_a_config_may_leave_out_what_the_library_knows(tmp_path):
+    theirs.save("llama grouped", tmp_path / "in")
+    fields = json.loads((tmp_path / "in" / "config.json").read_text())
+    del fields["max_position_embeddings"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps(fields))
+    bring_in(tmp_path / "in", tmp_path / "run")
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    opened, meant = (transformers.AutoConfig.from_pretrained(folder) for folder in (out, tmp_path / "in"))
+    assert opened.max_position_embeddings == meant.max_position_embeddings == 2048
+
+
+def test_a_head_of_ones_own_is_not_taken_for_the_librarys():
+    """Its classes and what lies between its matrices have to be those that the library's class has."""
+
+    def taken(*heads):
+        objective = create("mlm")
+        object.__setattr__(objective, "heads", heads)
+        shape = ModelConfig.model_validate({"preset": "bert-1m"})
+        return [name for name in FAMILIES if FAMILIES[name].takes(shape, objective)]
+
+    words = Head("mlm")
+    assert taken(words) == taken(words, Head("nsp", classes=2)) == taken(Head("any", classes=0)) == ["bert"]
+    assert taken(words, Head("sop", classes=2)) == ["albert"]
+    others = [Head("topic", classes=5), Head("topic", classes=2), Head("nsp", classes=2, activation="gelu")]
+    others += [Head("nsp", classes=3), Head("sop", classes=2, activation="gelu"), Head("any", classes=0, activation="gelu")]
+    assert [taken(words, head) for head in others] == [[]] * len(others)
+    assert taken(words, Head("nsp", classes=2), Head("topic", classes=0)) == []
+
+
+def test_an_idle_bias_is_told(tmp_path, caplog):
+    theirs.save("bert untied, tanh gelu", tmp_path / "in")
+    state = load_file(tmp_path / "in" / "model.safetensors")
+    state["cls.predictions.bias"] += 1
+    save_file(state, tmp_path / "in" / "model.safetensors")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    assert "predictions.bias is not predictions.decoder.bias, which alone is added" in caplog.text
+    whole = Snapshot(tmp_path / "run" / "checkpoints" / "step-0").whole("head.output_bias.bias")
+    assert torch.equal(whole, state["cls.predictions.decoder.bias"])
 
 
 def parameters(folder, state, config, **options):
@@ -249,6 +305,11 @@ def test_a_head_may_be_missing_or_too_many_and_either_is_told(tmp_path):
         ("llama grouped", {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "type 'yarn' are not ours"),
         ("llama grouped", {"attention_bias": True}, "mlp_bias = False (only True)"),
         ("llama grouped", {"head_dim": 16}, "head_dim = 16 (only 12)"),
+        ("llama grouped", {"num_attention_heads": "4"}, "config.json has a field that is 0 or of another type"),
+        ("llama grouped", {"num_attention_heads": 0}, "config.json has a field that is 0 or of another type"),
+        ("llama grouped", {"rope_parameters": "linear"}, "config.json has a field that is 0 or of another type"),
+        ("gpt2", {"activation_function": ["gelu"]}, "config.json has a field that is 0 or of another type"),
+        ("bert", {"architectures": 5}, "config.json has a field that is 0 or of another type"),
         ("bert", {"is_decoder": True}, "is_decoder = True (only False)"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
         ("albert with its order head", {"num_hidden_groups": 1}, "shares 1 groups of weights among 2 layers"),
@@ -312,6 +373,15 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     index = "model.safetensors.index.json"
     refused(f"{index} is not JSON", lambda folder: (folder / index).write_text('{"weight_map'))
     refused(f"{index} has no weight_map", lambda folder: (folder / index).write_text("{}"))
+    for strange in ("../whole/" + first, str(files[0]), None):
+        map_ = json.dumps({"weight_map": {"model.norm.weight": strange}})
+        refused(
+            rf"{index} says that model\.norm\.weight lies in .*, which is no file of this folder",
+            lambda folder, text=map_: (folder / index).write_text(text),
+        )
+    refused("generation_config.json holds no mapping", lambda folder: (folder / "generation_config.json").write_text("[]"))
+    refused("tokenizer_config.json is not JSON", lambda folder: (folder / "tokenizer_config.json").write_text("{"))
+    refused("modules.json lists layers without type and path", lambda folder: (folder / "modules.json").write_text("[1]"))
     refused(
         f"{first} is not a readable safetensors file", lambda folder: (folder / first).write_bytes(files[0].read_bytes()[:-9])
     )
@@ -322,20 +392,33 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     refused("has no model.safetensors: give", lambda folder: [path.unlink() for path in folder.glob("model*")])
 
 
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_a_pickle_is_refused_and_read_only_when_asked_for(tmp_path):
     model = theirs.save("gpt2", tmp_path / "in")
     (tmp_path / "in" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"only a pickle, which can run code when it is read.*--allow-pickle"):
         bring_in(tmp_path / "in", tmp_path / "run")
-    for content in (torch.ones(2), {"a": [1]}):
-        torch.save(content, tmp_path / "in" / "other.bin")
-        shutil.copytree(tmp_path / "in", tmp_path / f"in {type(content).__name__}")
-        (tmp_path / f"in {type(content).__name__}" / "other.bin").replace(
-            tmp_path / f"in {type(content).__name__}" / "pytorch_model.bin"
-        )
-        with pytest.raises(ValueError, match="is no pickle of tensors alone: it holds something else"):
-            bring_in(tmp_path / f"in {type(content).__name__}", tmp_path / "run", pickles=True)
+    whole = (tmp_path / "in" / "pytorch_model.bin").read_bytes()
+    went_off, other = tmp_path / "went-off", tmp_path / "other.bin"
+    cut = [whole[:100], whole[: len(whole) // 2], b"", b"\x80\x02" + whole[200:400]]
+    for i, content in enumerate([torch.ones(2), {"a": [1]}, {"a": Bomb(went_off)}, *cut]):
+        if isinstance(content, bytes):
+            other.write_bytes(content)
+        else:
+            torch.save(content, other)
+        shutil.copytree(tmp_path / "in", tmp_path / f"in {i}")
+        other.replace(tmp_path / f"in {i}" / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=rf"in {i}/pytorch_model\.bin is damaged, or holds other objects than tensors"):
+            bring_in(tmp_path / f"in {i}", tmp_path / "run", pickles=True)
+    assert not went_off.exists()
     bring_in(tmp_path / "in", tmp_path / "run", pickles=True)
     whole = Snapshot(tmp_path / "run" / "checkpoints" / "step-0").whole("word.weight")
     assert torch.equal(whole, model.transformer.wte.weight)

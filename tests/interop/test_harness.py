@@ -43,6 +43,23 @@ def test_a_real_sentence_encoder_gives_the_same_embeddings_here_and_when_it_has_
     assert np.abs(left - expected).max() < 1e-5
 
 
+def test_the_length_is_found_where_the_installed_version_writes_it(minilm, tmp_path):
+    """Since 6 among the tokenizer's settings."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model.max_seq_length = 32
+    model.save(str(tmp_path / "in"))
+    long = [" ".join(TEXTS * 20)]
+    bring_in(tmp_path / "in", tmp_path / "run")
+    found = embedder(load_model(str(tmp_path / "run")), load_tokenizer(str(tmp_path / "run")))(long).numpy()
+    send_out(tmp_path / "run", tmp_path / "out")
+    left = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(long)
+    expected = model.encode(long)
+    assert max(np.abs(found - expected).max(), np.abs(left - expected).max()) < 1e-5
+    assert np.abs(SentenceTransformer(str(minilm), device="cpu").encode(long) - expected).max() > 0.01
+
+
 def test_an_encoder_keeps_the_pooling_that_it_says(minilm, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -57,7 +74,14 @@ def test_an_encoder_keeps_the_pooling_that_it_says(minilm, tmp_path):
     send_out(tmp_path / "run", tmp_path / "out")
     left = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     assert np.abs(left - expected).max() < 1e-5
-    (tmp_path / "cls" / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense"}]))
+    modules, path = json.loads((tmp_path / "cls" / "modules.json").read_text()), tmp_path / "cls" / "modules.json"
+    (tmp_path / "cls" / "1_Pooling").rename(tmp_path / "cls" / "pool")
+    with pytest.raises(ValueError, match=r"1_Pooling/config\.json is missing, which .*modules\.json names"):
+        bring_in(tmp_path / "cls", tmp_path / "lost")
+    path.write_text(json.dumps([{**each, "path": each["path"].replace("1_Pooling", "pool")} for each in modules]))
+    bring_in(tmp_path / "cls", tmp_path / "renamed")
+    assert load_model(str(tmp_path / "renamed")).origin["sentences"]["pooling"] == "cls"
+    path.write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "3_Dense"}]))
     with pytest.raises(ValueError, match="has a Dense layer, which is not supported"):
         bring_in(tmp_path / "cls", tmp_path / "dense")
 

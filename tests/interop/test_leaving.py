@@ -1,6 +1,8 @@
 """What was trained goes out whole: weights, tokenizer, card; and a run begins with the weights of another."""
 
 import json
+import shutil
+from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -289,6 +291,47 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has 1159 ids, the embedding 1001 rows"):
         bring_in(tmp_path / "in", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_out_with_its_own_tokenizer_or_not_at_all(data, runs, tmp_path, monkeypatch):
+    """However it is looked at and wherever it was moved; another one, or none, in its place is told."""
+    output, _ = runs["clm"]
+    foreign(tmp_path / "in", ["<|endoftext|>"])
+    theirs.save("gpt2", tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    bring_in(Path("in"), Path("run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    (out,) = send_out(tmp_path / "moved", tmp_path / "out")
+    own = tmp_path / "moved" / "tokenizer"
+    assert TextTokenizer.load(out, stand_in=True).model == TextTokenizer.load(own).model
+    shutil.move(own, tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"moved/tokenizer does not exist, and .*moved was trained with it"):
+        send_out(tmp_path / "moved", tmp_path / "without")
+    shutil.copytree(_data(output), own)
+    for look in (load_tokenizer, lambda output: send_out(Path(output), tmp_path / "other")):
+        with pytest.raises(ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with: it has"):
+            look(str(tmp_path / "moved"))
+    assert not (tmp_path / "without").exists() and not (tmp_path / "other").exists()
+    trained = Snapshot(checkpoint.newest(output / "checkpoints")).manifest
+    assert trained["tokenizer"] == TextTokenizer.load(_data(output)).digest
+
+
+def test_special_ids_stay_where_no_tokenizer_came(tmp_path):
+    config = transformers.LlamaConfig(**theirs.LLAMA, bos_token_id=7, eos_token_id=6)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    bring_in(tmp_path / "in", tmp_path / "run")
+    (out,) = send_out(tmp_path / "run", tmp_path / "out")
+    left = transformers.AutoConfig.from_pretrained(out)
+    assert (left.bos_token_id, left.eos_token_id, left.pad_token_id) == (7, 6, None)
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    theirs.save("gpt2", tmp_path / "in")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    bring_in(tmp_path / "in", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "run.yaml").is_file()
 
 
 def begun(data, runs, tmp_path, objective, source, *overrides):
