@@ -10,6 +10,8 @@ from ds_pretrain.core.files import read_json
 
 UNLIMITED = 1 << 30
 """A limit that is none: tokenizers write 1e30."""
+UNLISTED = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+"""The layers of a folder that has a pooling and lost its list of layers."""
 
 
 class Sentences(NamedTuple):
@@ -81,7 +83,7 @@ def _lowers(normalizer: Mapping[str, Any]) -> bool:
 def _modules(folder: Path) -> list[dict[str, str]]:
     """The layers of a sentence model, each with its type and the path of its files. ValueError where they say neither."""
     path = folder / "modules.json"
-    found = read_json(path, [])
+    found = read_json(path, UNLISTED if (folder / UNLISTED[1]["path"]).is_dir() else [])
     if not all(isinstance(each, dict) and {"type", "path"} <= each.keys() for each in found):
         raise ValueError(f"{path} lists layers without type and path: copy it again")
     return found

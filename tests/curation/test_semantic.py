@@ -227,7 +227,7 @@ def test_all_that_is_computed_has_one_thread(model, tmp_path, monkeypatch):
         torch.set_num_threads(threads)
 
 
-DENSE = [{"type": "sentence_transformers.models.Transformer"}, {"type": "sentence_transformers.models.Dense"}]
+DENSE = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Dense")]
 
 
 @pytest.mark.parametrize(
