@@ -72,9 +72,10 @@ def embedder(model: FrozenModel, tokenizer: TextTokenizer) -> Embed:
 
 
 def probe_of(model: FrozenModel, tokenizer: TextTokenizer, path: str | Path) -> Probe:
-    """A model's probe on a file of lines of text TAB label."""
+    """A model's probe on a file of lines of text TAB label, beside what it was before its first step (of a run that began
+    with weights: beside the network that its seed would draw)."""
     rows = [(text, label) for text, label in read_table(path, 2)]
-    return probe(embedder(model, tokenizer), embedder(model.untrained(), tokenizer), rows)
+    return probe(embedder(model, tokenizer), embedder(model.untrained(model.seed), tokenizer), rows)
 
 
 def read_table(path: str | Path, columns: int) -> list[list[str]]:

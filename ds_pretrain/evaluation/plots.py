@@ -40,11 +40,12 @@ class History:
     @staticmethod
     def read(path: str | Path) -> History:
         lines: dict[tuple[int, str], dict[str, Any]] = {}
+        last = 0
         for line in json_lines(Path(path), "step"):
             step = int(line["step"])
-            for later in [key for key in reversed(lines) if key[0] > step]:  # none, unless the run was resumed
-                del lines[later]
-            lines[step, line.get("split", "")] = line
+            if step < last:  # the run was resumed
+                lines = {key: line for key, line in lines.items() if key[0] <= step}
+            lines[step, line.get("split", "")], last = line, step
         train = [line for (_, split), line in lines.items() if not split]
         if not train:
             raise ValueError(f"{path} has no line of training: has the run logged a step yet?")

@@ -1027,10 +1027,10 @@ def _fitted(form: Form, held_out: float, resampling: Resampling) -> Fit:
 
 
 def _held_out(form: Form, share: float, resampling: Resampling) -> HeldOut | str:
-    """Runs of the same compute stay together."""
+    """Runs of the same budget stay together, although their steps are whole numbers and their FLOPs so not quite the same."""
     points = form.points
-    ranked = np.sort(points.c)
-    out = points.c >= ranked[-max(1, round(share * len(ranked)))] * (1 - 1e-9)
+    budget = _alike(points.c, SAME)
+    out = budget >= np.sort(budget)[-max(1, round(share * len(budget)))]
     if out.all():
         return "all runs have the same compute"
     rest = replace(form, points=points.where(~out))

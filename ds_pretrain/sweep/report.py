@@ -38,6 +38,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss_tokens": ("loss tokens", "{:,.0f}".format),
     "model_flops": ("model FLOPs", "{:.3g}".format),
     "loss": ("validation loss", "{:.4f}".format),
+    "tokens_scored": ("validation targets", "{:,.0f}".format),
     "perplexity": ("perplexity (per token)", "{:.2f}".format),
     "word_perplexity": ("perplexity (per word)", "{:,.5g}".format),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
@@ -78,23 +79,22 @@ class Line(NamedTuple):
         return ", ".join(self.way.values())
 
     def values(self, column: str) -> list[float]:
-        """Of the cells that have finished."""
-        return [
-            float(row[column]) for row in self.rows if row["status"] == "finished" and isinstance(row.get(column), int | float)
-        ]
+        """Of the cells that have finished; also those that are not finite, which metrics write as text."""
+        return [float(row[column]) for row in self.rows if row["status"] == "finished" and row.get(column) is not None]
 
 
 def write(spec: Spec, source: Path, folder: Path) -> Path:
     """Write report.md, curves.png and, where the sweep has scores, scores.png; returns the page. ValueError without a cell
     that has trained."""
-    found = [line for line in lines(spec) if any(row["steps"] for row in line.rows)]
+    every = lines(spec)
+    found = [line for line in every if any(row["steps"] for row in line.rows)]
     if not found:
         raise ValueError(f"no cell of {spec.output} has trained yet: run them first with ds-pretrain sweep run")
     folder.mkdir(parents=True, exist_ok=True)
     sound = [line for line in found if any(row["status"] == "finished" for row in line.rows)]
     curves(found).savefig(folder / "curves.png", dpi=DPI)
     head = [*_head(source), *_conclusions(folder)]
-    parts = [*head, *table(found), *_cautions(spec), *way(sound), "![Learning curves](curves.png)"]
+    parts = [*head, *table(every), *_cautions(spec), *way(sound), "![Learning curves](curves.png)"]
     if scored := [each for each in spec.asked if any(column.startswith(f"{each.name}/") for column in scores(sound))]:
         panels(sound, scored).savefig(folder / "scores.png", dpi=DPI)
         parts += [part for each in scored for part in (*score_table(sound, each), *to_equal_quality(sound, each))]
@@ -137,14 +137,20 @@ def _conclusions(folder: Path) -> Iterator[str]:
 
 
 def table(found: Sequence[Line]) -> Iterator[str]:
-    """Markdown: a line for each combination, what it cost and reached, and what the figures are of."""
+    """Markdown: a line for each combination, what it cost and reached, what the figures are of, and which have none."""
     yield _markdown(found, [column for column in FIGURES if any(line.values(column) for line in found)], _heading)
     several = any(len(line.rows) > 1 for line in found)
-    left = [
-        f"{row['run']} ({row['status']} after step {row['steps']:,})" for row in _rows(found) if row["status"] != "finished"
-    ]
     notes = ["Figures of several seeds: mean ± standard deviation of one."] * several + list(_denominators(found))
-    yield " ".join(notes + [f"Not finished, and in no figure: {', '.join(left)}."] * bool(left))
+    if notes:
+        yield " ".join(notes)
+    if left := [f"- {_left(row)}" for row in _rows(found) if row["status"] != "finished"]:
+        yield "Not finished, and in no figure:\n\n" + "\n".join(left)
+
+
+def _left(row: Row) -> str:
+    """A cell that is not finished, with why."""
+    why = f": {row['reason']}" if row.get("reason") else ""
+    return f"{row['run']} ({row['status']} after step {row['steps']:,}){why}"
 
 
 def way(found: Sequence[Line]) -> Iterator[str]:
@@ -209,6 +215,9 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
         if any(map(line.values, few))
     ]
     yield from ["Figures that few have:\n\n" + "\n".join(rest)] * bool(rest)
+    yield from _denominators(found, f"{asked.name}/")
+    drawn, without = _figure_of(asked, found), [line.name for line in found if not line.values(_figure_of(asked, found))]
+    yield from [f"The picture is of {_figure_name(drawn)}, which these have none of: {', '.join(without)}."] * bool(without)
 
 
 def _figure_name(column: str) -> str:
@@ -244,38 +253,41 @@ def to_equal_quality(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     header = [f"as good as {first} with", *(f"{name}: {FIGURES[axis][0]}" for name, _ in others for axis in axes)]
     body = []
     for line in reference:
-        level, spent = statistics.fmean(line.values(column)), [statistics.fmean(line.values(axis)) for axis in axes]
-        at = f"{_format(column)(level)}: {tell(spent[0])} tokens, {tell(spent[1])} of them scored"
-        body.append([at, *(_needed(lines, column, axis, level, base) for _, lines in others
+        levels, spent = line.values(column), [statistics.fmean(line.values(axis)) for axis in axes]
+        at = f"{_format(column)(statistics.fmean(levels))}: {tell(spent[0])} tokens, {tell(spent[1])} of them scored"
+        body.append([at, *(_needed(lines, column, axis, levels, base) for _, lines in others
                            for axis, base in zip(axes, spent, strict=True))])  # fmt: skip
-    figure = _heading(column).partition("/")[2]
-    yield f"To equal {figure}, interpolated, and how many times as much (mean ± deviation of a seed):"
+    shown = "median, lowest and highest of all pairs of seeds"
+    yield f"To equal {_figure_name(column)}, interpolated, and how many times as much ({shown}):"
     yield _grid(header, body)
 
 
 def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
-    """Lines that differ by their budget alone, by what they have in common."""
+    """Lines that differ by their budget alone, by what they have in common; of those with a finite score."""
     ways: dict[str, list[Line]] = {}
     for line in found:
-        if line.values(column):
+        if (values := line.values(column)) and all(map(math.isfinite, values)):
             ways.setdefault(line.way_name, []).append(line)
     return ways or {"": []}
 
 
-def _needed(lines: Sequence[Line], column: str, axis: str, level: float, base: float) -> str:
-    """How much of an axis a score takes, over the seeds."""
+def _needed(lines: Sequence[Line], column: str, axis: str, levels: Sequence[float], base: float) -> str:
+    """How much of an axis a score takes: of every seed for every level, those of the seeds it is held against."""
     seeds: dict[Any, list[tuple[float, float]]] = {}
     sign = 1.0 if column.endswith("accuracy") else -1.0
     for row in (row for line in lines for row in line.rows if row["status"] == "finished" and column in row):
         seeds.setdefault(row["seed"], []).append((float(row[axis]), sign * float(row[column])))
-    found = [_reached(sorted(points), sign * level) for points in seeds.values()]
-    tell = FIGURES[axis][1]
-    if any(math.isinf(each) for each in found):
-        return f"more than {tell(max(point[0] for points in seeds.values() for point in points))}"
-    if not all(found):
-        return f"less than {tell(min(point[0] for points in seeds.values() for point in points))}"
-    times = _mean_and_spread([each / base for each in found], "{:.2f}".format)
-    return f"{tell(statistics.fmean(found))} ({times} x)"
+    found = [_reached(sorted(points), sign * level) for points in seeds.values() for level in levels]
+    spent = [point[0] for points in seeds.values() for point in points]
+
+    def told(amount: float, tell: Callable[[float], str], unit: float) -> str:
+        if math.isinf(amount):
+            return f"more than {tell(max(spent) / unit)}"
+        return tell(amount / unit) if amount else f"less than {tell(min(spent) / unit)}"
+
+    low, middle, high = (told(of(found), "{:.2f}".format, base) for of in (min, statistics.median, max))
+    times = f"{middle} x" + (f", {low} to {high}" if low != high else "")
+    return f"{told(statistics.median(found), FIGURES[axis][1], 1)} ({times})"
 
 
 def _reached(points: Sequence[tuple[float, float]], level: float) -> float:
@@ -321,6 +333,8 @@ def _told(line: Line, column: str) -> str:
 def _mean_and_spread(values: Sequence[float], tell: Callable[[float], str]) -> str:
     if not values:
         return "-"
+    if not all(map(math.isfinite, values)):
+        return ", ".join(map(tell, values))
     mean = tell(statistics.fmean(values))
     return mean if len(values) == 1 or len(set(values)) == 1 else f"{mean} ± {tell(statistics.stdev(values))}"
 
@@ -332,12 +346,15 @@ def _format(column: str) -> Callable[[float], str]:
     return "{:.2%}".format if figure in SHARES or figure[:1].isdigit() else "{:.4g}".format
 
 
-def _denominators(found: Sequence[Line]) -> Iterator[str]:
-    """What the validation figures are divided by."""
-    last = [_splits(history).get("validation", [])[-1:] for line in found for history in line.histories]
-    scored = sorted({int(each["tokens_scored"]) for some in last for each in some})
-    if scored:
-        yield f"Validation figures are means over {_span(scored)} targets."
+def _denominators(found: Sequence[Line], prefix: str = "") -> Iterator[str]:
+    """What figures per word and per byte are divided by; those per target have a column. prefix: of a score's columns."""
+    columns = [f"{prefix}{figure}" for figure in ("loss", "tokens_scored", "word_perplexity", "bits_per_byte")]
+    known = [list(zip(*map(line.values, columns), strict=False)) for line in found]
+    likely = [(loss * targets, *figures) for each in known for loss, targets, *figures in each if 1 < figures[0] < math.inf]
+    words = sorted({round(nats / math.log(perplexity)) for nats, perplexity, _ in likely})
+    octets = sorted({round(nats / math.log(2) / bits) for nats, _, bits in likely})
+    if likely:
+        yield f"Perplexity per word is exp(nats of all targets / {_span(words)} words); bits are of {_span(octets)} bytes."
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -524,7 +541,9 @@ def _first(column: str) -> int:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and deviation; none of one value, nor of some that are not finite."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if known else 0.0
 
 
 def _figure(height: int, width: int) -> tuple[Figure, list[Axes]]:

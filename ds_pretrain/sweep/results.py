@@ -28,7 +28,7 @@ COLOURS: dict[Status, str] = {
 }
 REASON = 240
 """Characters of a reason in the table."""
-SCORES = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy")
+SCORES = ("loss", "tokens_scored", "perplexity", "word_perplexity", "bits_per_byte", "accuracy")
 """What is kept of the last evaluation."""
 OWN = ("run", "seed", "objective", "tokens", "flops", "model_flops")
 """Axes that have columns of their own, with what was reached."""
@@ -92,7 +92,8 @@ def collect(spec: Spec) -> tuple[Path, Path]:
 def _row(cell: Cell, at: State, asked: list[Asked]) -> dict[str, Any]:
     """A cell: what it is, what it cost, what it reached. run: its name; run_file: where that varies; parameters: N without
     embeddings; flops: 6 N tokens; model_flops: with its masks and scored positions counted; loss_tokens: targets that the
-    losses were sums over; loss: of the validation split at the end, in nats per target; NAME/figure: of the sweep's scores."""
+    losses were sums over; loss: of the validation split at the end, in nats per target, a mean over tokens_scored of them;
+    NAME/figure: of the sweep's scores."""
     config = cell.config
     size = parameters(config)
     row: dict[str, Any] = {
@@ -138,7 +139,7 @@ def _mean(history: History, key: str) -> float:
 
 
 def _points(cell: Cell, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The evaluations of a cell on its way."""
+    """The evaluations of a cell on its way, without that before its first step: there is no compute to hold it against."""
     if not row["steps"]:
         return []
     history = History.read(cell.folder / "metrics.jsonl")
@@ -152,7 +153,7 @@ def _points(cell: Cell, row: dict[str, Any]) -> list[dict[str, Any]]:
             "loss": line["loss"],
         }
         for line in history.evaluations
-        if line["split"] == "validation"
+        if line["split"] == "validation" and line["step"]
     ]
 
 

@@ -117,11 +117,16 @@ class FrozenModel(Model):
         position = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
         return to_device(Batch(tokens, position, pattern(segment), {}), self.mesh.device)
 
-    def untrained(self) -> FrozenModel:
-        """The same network with its initial weights: what training is to be held against."""
+    @property
+    def seed(self) -> int:
+        """What its run drew its initial weights by; 0 of weights that came in."""
+        return int(self.snapshot.manifest.get("seed", 0))
+
+    def untrained(self, seed: int) -> FrozenModel:
+        """The same network with the initial weights of a seed: what training is to be held against."""
         other = copy.copy(self)
         other.network = Network(self.build).to(self.mesh.device).eval()
-        initialise(other.network, self.build, 0)
+        initialise(other.network, self.build, seed)
         return other
 
     def _evaluate(self, batches: Sequence[Batch], dropout: bool = False) -> None:

@@ -22,12 +22,24 @@ from ds_pretrain.training.trainer import PreTrainer
 def trained(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     dataset = PretrainingDataset(data, seq_len=64, objective="clm")
-    trainer = PreTrainer(
-        model=ModelConfig(layers=2, hidden=64, heads=4), objective=dataset.objective, dataset=dataset, batch_size=8,
-        max_steps=40, optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5), output=output, progress=False,
-    )  # fmt: skip
+    trainer = trainer_of(dataset, output)
     trainer.train()
     return trainer, dataset, output
+
+
+def trainer_of(dataset, output):
+    return PreTrainer(
+        model=ModelConfig(layers=2, hidden=64, heads=4), objective=dataset.objective, dataset=dataset, batch_size=8,
+        max_steps=40, optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5), output=output, progress=False, seed=3,
+    )  # fmt: skip
+
+
+def test_the_untrained_network_is_what_the_run_began_with(trained, tmp_path):
+    _, dataset, output = trained
+    model, validation = FrozenModel(output, create("clm")), dataset.split("validation")
+    begun = evaluate(trainer_of(dataset, tmp_path).model, validation)
+    assert evaluate(model.untrained(model.seed), validation).nats == pytest.approx(begun.nats, rel=1e-6)
+    assert evaluate(model.untrained(0), validation).nats != pytest.approx(begun.nats, rel=1e-6)
 
 
 def test_a_frozen_model_scores_what_the_engine_scored(trained):
@@ -120,7 +132,7 @@ def untrained(mesh, shape):
     model = FrozenModel.__new__(FrozenModel)
     objective = create("clm")
     model.build, model.objective = build_for(objective, shape.model_copy(update={"init_std": 0.2}), mesh, 32), objective
-    return model.untrained()
+    return model.untrained(0)
 
 
 def test_what_cannot_be_loaded_or_generated_is_refused(trained, tmp_path):

@@ -358,6 +358,17 @@ def test_runs_of_the_same_compute_are_held_out_together(tmp_path):
     assert group.fit("chinchilla_3").held_out.runs == 2
 
 
+def test_runs_of_a_budget_are_held_out_together_although_steps_are_whole_numbers(tmp_path):
+    """An iso-FLOP ladder: tokens of a budget are those of whole steps, more than a percent apart where steps are few."""
+    n, d = profiles(np.geomspace(0.3, 3, 5))
+    step = d.min() / 60
+    data = points(n, np.ceil(d / step) * step, noise=0.002)
+    assert len(np.unique(data.c)) > 10, "the budgets are not quite the same"
+    (group,) = fit(read(write(tmp_path / "runs.csv", {"clm": data})), resamples=20, held_out=0.1, quiet=True).groups
+    held = group.fit("chinchilla_3").held_out
+    assert held.runs == 5 and held.beyond > 9
+
+
 def test_a_held_out_error_that_cannot_be_had_is_explained(report):
     (group,) = (group for group in report.groups if group.name == "mlm")
     assert isinstance(group.fit("kaplan_d").held_out, HeldOut)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -186,10 +187,12 @@ def test_a_collected_sweep_is_what_scaling_laws_are_fitted_to(run_file, tmp_path
         )
         trained = {"step": cell.config.train.max_steps, "tokens": d, "loss": 9.0, "lr": 0.1, "tokens_per_second": 1.0}
         evaluated = {"step": trained["step"], "tokens": d, "split": "validation", "loss": 1.7 + 20 / n**0.34 + 90 / d**0.28}
-        (cell.folder / "metrics.jsonl").write_text(f"{json.dumps(trained)}\n{json.dumps(evaluated)}\n")
+        before = {**evaluated, "step": 0, "tokens": 0}  # as of a run that began with weights
+        (cell.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (before, trained, evaluated)))
         cells.note(cell, "finished")
     code, text = said("collect", path)
     assert code == 0 and "32 finished" in text and "scaling fit" in text, text
+    assert len(scaling_runs(path.parent / "out/curves.csv").n) == 32, "there is no compute before the first step"
     (group,) = fit(scaling_runs(path.parent / "out/cells.csv"), resamples=20).groups
     found = group.fit("chinchilla_3").values
     assert [found[name][0] for name in ("alpha", "beta", "E")] == pytest.approx([0.34, 0.28, 1.7], rel=1e-3)
@@ -278,13 +281,12 @@ def test_finished_cells_are_scored_once_and_the_sweep_is_a_page(swept, data, tmp
     assert "\n## What came of it\n\nThe lower, the slower.\n" in page and "Before, during" not in page
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     known = sum(column.startswith("recall/") and " " not in column for column in first)
-    assert (
-        len(lines) == 2 + 3 + 2 * (2 + 2) + 2 + known
-        and "lr=1e+30 (failed after step" in page
-        and "**words**: `probe` with texts" in page
-    )
+    assert len(lines) == 2 + 3 + 2 * (2 + 2) + 2 + known and "**words**: `probe` with texts" in page
     assert f"| 0.001 | 1 of 1 | {first['clean/loss']:.4g} |" in page
-    assert "Validation figures are means over" in page
+    words = math.log(first["clean/word_perplexity"])
+    assert f"nats of all targets / {round(first['clean/loss'] * first['clean/tokens_scored'] / words):,} words" in page
+    assert "| validation targets |" in page and f" {first['tokens_scored']:,} |" in page
+    assert "lr=1e+30 (failed after step 2): " in page and "lower optimizer.lr" in page
     assert {file.name for file in (tmp_path / "page").iterdir()} == {"report.md", "conclusions.md", "curves.png", "scores.png"}
 
 
@@ -313,12 +315,56 @@ def test_seeds_are_one_line_and_what_has_not_finished_is_in_no_figure(monkeypatc
         return {"run": f"seed={seed}", "status": status, "steps": steps, "loss": loss, "tokens": 512 * steps}
 
     found = [row(0, "finished", 40, 3.0), row(1, "finished", 40, 4.0), row(2, "stopped", 10, 5.5), row(3, "failed", 7, "NaN")]
+    found[3]["reason"] = "out of memory"
     cells_ = [SimpleNamespace(labels={"size": "small", "seed": str(seed)}, folder=tmp_path) for seed in range(4)]
     monkeypatch.setattr(report, "rows", lambda spec: found)
     (line,) = report.lines(SimpleNamespace(cells=cells_))
-    text, note = report.table([line])
-    assert text.splitlines()[2] == "| small | 2 of 4 | 20,480 | 3.5000 ± 0.7071 |"
-    assert "seed=2 (stopped after step 10), seed=3 (failed after step 7)" in note
+    text, several, left = report.table([line])
+    assert text.splitlines()[2] == "| small | 2 of 4 | 20,480 | 3.5000 ± 0.7071 |" and "mean ±" in several
+    assert left.splitlines()[2:] == ["- seed=2 (stopped after step 10)", "- seed=3 (failed after step 7): out of memory"]
+
+
+def test_combinations_without_a_step_are_on_the_page(monkeypatch, tmp_path):
+    history = History([{"step": 1, "tokens": 9, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0}])
+    failed = {"run": "size=big", "status": "failed", "steps": 0, "reason": "out of memory"}
+    found = [
+        report.Line({"size": "small"}, [{"run": "size=small", "status": "finished", "steps": 1, "loss": 2.0}], [history]),
+        report.Line({"size": "big"}, [failed], [History()]),
+        report.Line({"size": "vast"}, [{"run": "size=vast", "status": "waiting", "steps": 0, "reason": ""}], [History()]),
+    ]
+    monkeypatch.setattr(report, "lines", lambda spec: found)
+    (tmp_path / "a.yaml").write_text("# Sizes\n")
+    page = report.write(SimpleNamespace(cells=[], asked=[], output="runs/a"), tmp_path / "a.yaml", tmp_path).read_text()
+    assert "| big | 0 of 1 | - |" in page and "| vast | 0 of 1 | - |" in page
+    assert "- size=big (failed after step 0): out of memory\n- size=vast (waiting after step 0)\n" in page
+
+
+def test_figures_that_are_not_finite_are_shown_as_they_are(tmp_path):
+    """A run whose loss overflowed is no reason to hide it, or to break off."""
+
+    def line(name, tokens, *losses):
+        rows = [
+            {"status": "finished", "seed": i, "tokens": tokens, "loss_tokens": tokens, "text/loss": loss}
+            for i, loss in enumerate(losses)
+        ]
+        return report.Line({"lr": name, "tokens": str(tokens)}, rows, [History()] * len(rows))
+
+    found = [
+        line("low", 100, 3.0, 4.0),
+        line("low", 200, 2.0, 3.0),
+        line("high", 100, 2.0, "nan"),
+        line("high", 200, "inf", 3.0),
+    ]
+    asked = Asked.of("text", {"by": "eval", "data": "data/a"})
+    _, table = report.score_table(found, asked)
+    assert [row.split(" | ")[-1] for row in table.splitlines()[2:]] == [
+        "3.5 ± 0.7071 |",
+        "2.5 ± 0.7071 |",
+        "2, nan |",
+        "inf, 3 |",
+    ]
+    report.panels(found, [asked]).savefig(tmp_path / "a.png")
+    report.panels(found[::2], [asked]).savefig(tmp_path / "b.png")
 
 
 def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
@@ -330,6 +376,9 @@ def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
     _, table, rest = report.score_table(found, Asked.of("text", {"by": "eval", "data": "data/a"}))
     assert table.splitlines()[0] == "| objective | finished | loss (nats per target) |"
     assert rest.splitlines()[2:] == ["- mdlm: bits_per_byte_bound 2.5"]
+    some = [line("clm", 3.0, **{"text/bits_per_byte": 2.0}), line("mdlm", 5.0)]
+    *_, note = report.score_table(some, Asked.of("text", {"by": "eval", "data": "data/a"}))
+    assert note == "The picture is of bits_per_byte, which these have none of: mdlm."
     assert report.curves(found).axes[0].get_ylabel() == "loss"
     begins = report.Line({}, [{"status": "running"}], [History()])
     assert report.curves([*found, begins]).axes[0].get_ylabel() == "loss", "a run without a step is of no scale"
@@ -352,11 +401,15 @@ def test_what_equals_what_is_read_off_between_budgets():
     second = [line("mlm", 1000 * 2**i, [0.1 + 0.1 * i, 0.1 + 0.1 * i]) for i in (1, 2, 3)]
     asked = Asked.of("files", {"by": "probe", "texts": "passages.tsv"})
     _, text = report.to_equal_quality([*first, *second], asked)
+    never = "more than 8,000 (more than 2.00 x) | more than 4,000 (more than 2.00 x)"
     assert text.splitlines()[2:] == [
         "| 30.00%: 1,000 tokens, 500 of them scored | 4,000 (4.00 x) | 2,000 (4.00 x) |",
         "| 40.00%: 2,000 tokens, 1,000 of them scored | 8,000 (4.00 x) | 4,000 (4.00 x) |",
-        "| 50.00%: 4,000 tokens, 2,000 of them scored | more than 8,000 | more than 4,000 |",
+        f"| 50.00%: 4,000 tokens, 2,000 of them scored | {never} |",
     ]
+    first[1] = line("clm", 2000, [0.35, 0.39])
+    _, text = report.to_equal_quality([*first, *second], asked)
+    assert "2,000 tokens, 1,000 of them scored | 6,561 (3.28 x, 2.83 to 3.73) |" in text, "the first has its own noise"
     assert not list(report.to_equal_quality(first, asked)), "there is nothing to hold it against"
     assert next(iter(report.to_equal_quality([*second, *first], asked))) and "less than 1,000" in "".join(
         report.to_equal_quality([*second[:2], *first], asked)
