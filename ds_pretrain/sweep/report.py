@@ -216,8 +216,9 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     ]
     yield from ["Figures that few have:\n\n" + "\n".join(rest)] * bool(rest)
     yield from _denominators(found, f"{asked.name}/")
-    drawn, without = _figure_of(asked, found), [line.name for line in found if not line.values(_figure_of(asked, found))]
-    yield from [f"The picture is of {_figure_name(drawn)}, which these have none of: {', '.join(without)}."] * bool(without)
+    drawn = _figure_of(asked, found)
+    without = dict.fromkeys(line.way_name or line.name for line in found if not line.values(drawn))
+    yield from [f"The picture is of {_figure_name(drawn)}; not in it: {'; '.join(without)}."] * bool(without)
 
 
 def _figure_name(column: str) -> str:

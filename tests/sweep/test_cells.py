@@ -378,7 +378,7 @@ def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
     assert rest.splitlines()[2:] == ["- mdlm: bits_per_byte_bound 2.5"]
     some = [line("clm", 3.0, **{"text/bits_per_byte": 2.0}), line("mdlm", 5.0)]
     *_, note = report.score_table(some, Asked.of("text", {"by": "eval", "data": "data/a"}))
-    assert note == "The picture is of bits_per_byte, which these have none of: mdlm."
+    assert note == "The picture is of bits_per_byte; not in it: mdlm."
     assert report.curves(found).axes[0].get_ylabel() == "loss"
     begins = report.Line({}, [{"status": "running"}], [History()])
     assert report.curves([*found, begins]).axes[0].get_ylabel() == "loss", "a run without a step is of no scale"
