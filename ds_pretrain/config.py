@@ -248,12 +248,7 @@ def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Ru
     """A run file (path or shipped name) with overrides, as texts a.b=c or as values by a.b. ConfigError lists everything that
     does not parse."""
     path = find(name, "runs", ".yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
-    if not isinstance(values, dict):
-        raise ConfigError(str(path), ["a run file is a mapping of sections (model, objective, data, ...)"])
+    values = sections(path)
     where = f"{path}{' with overrides' * bool(overrides)}"
     settings = overrides if isinstance(overrides, Mapping) else dict(_setting(text, where) for text in overrides)
     for key, value in settings.items():
@@ -261,6 +256,17 @@ def load_run(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Ru
     if values.get("init"):
         values["model"] = {**_shape_of(values, where), **(values.get("model") or {})}
     return parse_run(numbers(values), where)
+
+
+def sections(path: Path) -> dict[str, Any]:
+    """A run file as it is written. ConfigError if it is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), ["a run file is a mapping of sections (model, objective, data, ...)"])
+    return values
 
 
 def _shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -276,7 +282,7 @@ def _shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(
             where, [f"init {folder} has no checkpoints: give the output folder of a run that was trained or imported"]
         )
-    shape: dict[str, Any] = checkpoint.read_manifest(found[0])["model"]
+    shape: dict[str, Any] = checkpoint.first_manifest(found)["model"]
     return {name: value for name, value in shape.items() if name != "preset"}
 
 

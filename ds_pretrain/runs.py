@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ds_pretrain.config import ConfigError, RunConfig, load_run, parse_run
+from ds_pretrain.config import ConfigError, RunConfig, load_run, parse_run, sections
 
 log = logging.getLogger(__name__)
 
@@ -216,15 +214,19 @@ def run_of(output: str | Path) -> RunConfig:
     path = Path(output) / "run.yaml"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the output folder of a run that was trained or imported")
-    return parse_run(_here(yaml.safe_load(path.read_text(encoding="utf-8")), Path(output)), str(path))
+    return parse_run(_here(sections(path), Path(output)), str(path))
 
 
 def _here(values: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Settings whose paths in the run's own folder lead there, wherever it was moved and from wherever it is looked at."""
-    was, data = values.get("output"), values.get("data", {})
-    if not was:
-        return values
-    own = {name: data[name] for name in ("path", "tokenizer") if data.get(name) and Path(data[name]).is_relative_to(was)}
+    """Settings whose paths in the run's own folder lead there, wherever it was moved and from wherever it is looked at. Those
+    that are none stay for `parse_run` to tell."""
+    match values:
+        case {"output": str(was), "data": dict(data)} if was:
+            pass
+        case _:
+            return values
+    paths = {name: data[name] for name in ("path", "tokenizer") if isinstance(data.get(name), str)}
+    own = {name: path for name, path in paths.items() if Path(path).is_relative_to(was)}
     moved = {name: str(output / Path(path).relative_to(was)) for name, path in own.items()}
     return {**values, "output": str(output), "data": {**data, **moved}}
 
@@ -265,10 +267,10 @@ def load_tokenizer(output: str) -> Any:
     """The tokenizer that a run or an import reads with. ValueError as `own_tokenizer`, and if there is none."""
     from ds_pretrain.training import checkpoint
 
-    newest = next(iter(checkpoint.steps(Path(output) / "checkpoints")), None)
-    if newest is None:
+    found = checkpoint.steps(Path(output) / "checkpoints")
+    if not found:
         raise ValueError(f"no checkpoint in {output}/checkpoints: train the run first")
-    tokenizer = own_tokenizer(output, checkpoint.read_manifest(newest))
+    tokenizer = own_tokenizer(output, checkpoint.first_manifest(found))
     if tokenizer is None:
         raise ValueError(f"{output} came in without a tokenizer: name one in {output}/run.yaml as data.tokenizer")
     return tokenizer

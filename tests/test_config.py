@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from ds_pretrain.config import ConfigError, RunConfig, configs, find, keys_of, load_run, parse_run
+from ds_pretrain.runs import run_of
 from ds_pretrain.sweep.spec import Spec
 from ds_pretrain.training.deepspeed_json import stage_of
 
@@ -138,6 +139,20 @@ def test_overrides_reach_nested_keys_and_scientific_numbers(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="not readable as YAML"):
         load_run(str(path))
+
+
+@pytest.mark.parametrize("text, told", [
+    ("", "data is required"),
+    ("output: runs/a\ndata:\n", "data"),
+    ("output: runs/a\ndata: {path: [a, b]}\n", "data.path"),
+    ("output: [a]\ndata: {path: a}\n", "output"),
+    ("- a\n", "mapping of sections"),
+    ("a: [", "not readable as YAML"),
+])  # fmt: skip
+def test_settings_of_a_run_that_are_none_are_told(tmp_path, text, told):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        run_of(tmp_path)
 
 
 def test_a_preset_is_overridden_by_the_fields_beside_it():

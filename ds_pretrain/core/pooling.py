@@ -83,7 +83,7 @@ def _lowers(normalizer: Mapping[str, Any]) -> bool:
 def _modules(folder: Path) -> list[dict[str, str]]:
     """The layers of a sentence model, each with its type and the path of its files. ValueError where they say neither."""
     path = folder / "modules.json"
-    found = read_json(path, UNLISTED if (folder / UNLISTED[1]["path"]).is_dir() else [])
+    found = read_json(path, UNLISTED if (folder / UNLISTED[1]["path"] / "config.json").is_file() else [])
     if not all(isinstance(each, dict) and {"type", "path"} <= each.keys() for each in found):
         raise ValueError(f"{path} lists layers without type and path: copy it again")
     return found

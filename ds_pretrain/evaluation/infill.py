@@ -98,12 +98,12 @@ def infill(model: FrozenModel, tokenizer: TextTokenizer, gap: Gap, tokens: int =
     pre, suf, mid = (vocab.names[name] for name in NAMES)
     positions = model.build.model.positions or 1 << 30
     room = (positions - tokens - 5) // 2
-    if room < LEAST:
+    before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
+    if room < LEAST and max(len(before), len(after)) > room:
         raise ValueError(
             f"{tokens} tokens leave no room for the text around them in {positions} positions: ask for at most "
             f"{max(0, positions - 5 - 2 * LEAST)}"
         )
-    before, after = (tokenizer.encode(text).tolist() for text in (gap.before, gap.after))
     prompt = [vocab.begin, pre, *before[-room:], suf, *after[:room], mid]
     ids: list[int] = []
     for token in generate(model, prompt, ends_of(model, vocab), no_text(model, vocab), Sampling(tokens, temperature=0)):

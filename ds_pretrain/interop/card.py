@@ -60,7 +60,8 @@ def _rows(config: RunConfig, facts: Mapping[str, Any], sides: Mapping[str, Side]
 
 
 def _import(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    grown = facts["origin"]["ids"] - facts["resized"]["from"] if "resized" in facts else 0
+    ids = facts.get("origin", {}).get("ids", facts["model"]["vocab"])
+    grown = ids - facts["resized"]["from"] if "resized" in facts else 0
     made = [("made since", f"{grown:,} ids, whose rows are not trained")] if grown else []
     return [("imported from", "transformers, and not trained since"), *made]
 

@@ -127,9 +127,8 @@ def send_out(
                 limit = {"model_max_length": positions} if (positions := snapshot.manifest["model"]["positions"]) else {}
                 save_tokenizer(tokenizer, objective, attempt / place, {**limit, **origin.get("tokenizer", {})})
             if objective.kind == "causal":
-                (attempt / place / "generation_config.json").write_text(
-                    json.dumps({**generation, **extra}, indent=2) + "\n", encoding="utf-8"
-                )
+                said = {**generation, **extra} if tokenizer else {**extra, **generation}
+                (attempt / place / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if objective.kind == "full":
             pooling = pooling_in(snapshot.manifest, objective.pooling)
             _sentence_model(attempt / next(iter(sides)), Sentences(**{**origin.get("sentences", {}), "pooling": pooling}))
@@ -154,12 +153,13 @@ MODULES = [
 
 def _sentence_model(folder: Path, said: Sentences) -> None:
     """What sentence-transformers asks for, to embed a text as `ds-pretrain embed` does."""
-    width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     modes = {"pooling_mode_cls_token": said.pooling == "cls", "pooling_mode_mean_tokens": said.pooling == "mean"}
-    pooling = {"word_embedding_dimension": width, **modes}
+    pooling = {"word_embedding_dimension": config["hidden_size"], **modes}
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2), encoding="utf-8")
     if said.tokens:
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": said.tokens}), encoding="utf-8")
+        tokens = min(said.tokens, config["max_position_embeddings"])
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": tokens}), encoding="utf-8")
     modules = MODULES if said.unit else MODULES[:2]
     (folder / "modules.json").write_text(json.dumps(modules, indent=2), encoding="utf-8")

@@ -35,13 +35,15 @@ PIECES = 1 << 26
 
 @dataclass(frozen=True)
 class Precision:
-    """What tensors are stored in: most of them in one precision, others, by class and stored name, in another."""
+    """What tensors are stored in: most of them in one precision, others, by class and stored name, in another. Imports made
+    before several classes could hold one parameter name them by the parameter."""
 
     most: torch.dtype
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> torch.dtype:
-        return self.others.get(name, self.most)
+    def __call__(self, stored: str, logical: str) -> torch.dtype:
+        """Of a tensor by its class and stored name, and by the name of the parameter that it is a part of."""
+        return self.others.get(stored, self.others.get(logical, self.most))
 
     @staticmethod
     def of(held: Mapping[str, torch.dtype]) -> Precision:
@@ -261,7 +263,7 @@ def hand_out(
         (target / "config.json").write_text(json.dumps({**kept, **side.fields, **extra}, indent=2) + "\n", encoding="utf-8")
         rules = [rule for rule in side.rules if rule.logical not in fresh]
         entries = [
-            Entry(stored.removeprefix(side.bare), shape, precision[f"{side.architecture}:{stored}"])
+            Entry(stored.removeprefix(side.bare), shape, precision(f"{side.architecture}:{stored}", rule.logical))
             for rule in rules
             for stored, shape in zip(rule.stored, stored_shapes(rule, shapes[rule.logical]), strict=True)
         ]

@@ -82,6 +82,10 @@ class Line(NamedTuple):
         """Of the cells that have finished; also those that are not finite, which metrics write as text."""
         return [float(row[column]) for row in self.rows if row["status"] == "finished" and row.get(column) is not None]
 
+    def known(self, column: str) -> list[float]:
+        """Of these the finite ones."""
+        return [value for value in self.values(column) if math.isfinite(value)]
+
 
 def write(spec: Spec, source: Path, folder: Path) -> Path:
     """Write report.md, curves.png and, where the sweep has scores, scores.png; returns the page. ValueError without a cell
@@ -217,8 +221,19 @@ def score_table(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     yield from ["Figures that few have:\n\n" + "\n".join(rest)] * bool(rest)
     yield from _denominators(found, f"{asked.name}/")
     drawn = _figure_of(asked, found)
-    without = dict.fromkeys(line.way_name or line.name for line in found if not line.values(drawn))
-    yield from [f"The picture is of {_figure_name(drawn)}; not in it: {'; '.join(without)}."] * bool(without)
+    left = dict.fromkeys(_left_out(found, drawn))
+    yield from [f"The picture is of {_figure_name(drawn)}; not in it: {'; '.join(left)}."] * bool(left)
+
+
+def _left_out(found: Sequence[Line], column: str) -> Iterator[str]:
+    """The lines, or the cells of a line, that have no finite figure to draw; under one name where none of a way has."""
+    drawn = _ways(found, column)
+    for line in found:
+        there, known = len([row for row in line.rows if row["status"] == "finished"]), len(line.known(column))
+        if known == 0:
+            yield line.name if line.way_name in drawn else line.way_name or line.name
+        elif known < there:
+            yield f"{line.name} ({there - known} of {there} cells)"
 
 
 def _figure_name(column: str) -> str:
@@ -246,15 +261,16 @@ def to_equal_quality(found: Sequence[Line], asked: Asked) -> Iterator[str]:
     """Markdown: what other ways to train need to be as good as the first is at each of its budgets; nothing where budgets do
     not vary, or nothing else. Between two budgets a score is a straight line over the logarithm of tokens."""
     column = _figure_of(asked, found)
-    (first, reference), *others = _ways(found, column).items()
-    if asked.by == "memorised" or not others or len(reference) < 2:
+    ways = list(_ways(found, column).items())
+    if asked.by == "memorised" or len(ways) < 2 or len(ways[0][1]) < 2:
         return
+    (first, reference), *others = ways
     tell = FIGURES["tokens"][1]
     axes = ("tokens", "loss_tokens")
     header = [f"as good as {first} with", *(f"{name}: {FIGURES[axis][0]}" for name, _ in others for axis in axes)]
     body = []
     for line in reference:
-        levels, spent = line.values(column), [statistics.fmean(line.values(axis)) for axis in axes]
+        levels, spent = line.known(column), [statistics.fmean(line.values(axis)) for axis in axes]
         at = f"{_format(column)(statistics.fmean(levels))}: {tell(spent[0])} tokens, {tell(spent[1])} of them scored"
         body.append([at, *(_needed(lines, column, axis, levels, base) for _, lines in others
                            for axis, base in zip(axes, spent, strict=True))])  # fmt: skip
@@ -267,28 +283,45 @@ def _ways(found: Sequence[Line], column: str) -> dict[str, list[Line]]:
     """Lines that differ by their budget alone, by what they have in common; of those with a finite score."""
     ways: dict[str, list[Line]] = {}
     for line in found:
-        if (values := line.values(column)) and all(map(math.isfinite, values)):
+        if line.known(column):
             ways.setdefault(line.way_name, []).append(line)
-    return ways or {"": []}
+    return ways
 
 
 def _needed(lines: Sequence[Line], column: str, axis: str, levels: Sequence[float], base: float) -> str:
     """How much of an axis a score takes: of every seed for every level, those of the seeds it is held against."""
-    seeds: dict[Any, list[tuple[float, float]]] = {}
     sign = 1.0 if column.endswith("accuracy") else -1.0
-    for row in (row for line in lines for row in line.rows if row["status"] == "finished" and column in row):
-        seeds.setdefault(row["seed"], []).append((float(row[axis]), sign * float(row[column])))
-    found = [_reached(sorted(points), sign * level) for points in seeds.values() for level in levels]
-    spent = [point[0] for points in seeds.values() for point in points]
+    seeds = _by_seed(lines, column, axis, sign)
+    found = sorted(_reached(points, sign * level) for points in seeds for level in levels)
+    spent = [point[0] for points in seeds for point in points]
 
-    def told(amount: float, tell: Callable[[float], str], unit: float) -> str:
+    def told(amount: float, tell: Callable[[float], str], unit: float = 1) -> str:
         if math.isinf(amount):
             return f"more than {tell(max(spent) / unit)}"
         return tell(amount / unit) if amount else f"less than {tell(min(spent) / unit)}"
 
-    low, middle, high = (told(of(found), "{:.2f}".format, base) for of in (min, statistics.median, max))
-    times = f"{middle} x" + (f", {low} to {high}" if low != high else "")
-    return f"{told(statistics.median(found), FIGURES[axis][1], 1)} ({times})"
+    amount, times = FIGURES[axis][1], "{:.2f}".format
+    low, high = (told(found[end], times, base) for end in (0, -1))
+    if math.isnan(middle := _median(found)):
+        return f"{told(found[0], amount)} to {told(found[-1], amount)} ({low} to {high} x)"
+    spread = f", {low} to {high}" if low != high else ""
+    return f"{told(middle, amount)} ({told(middle, times, base)} x{spread})"
+
+
+def _by_seed(lines: Sequence[Line], column: str, axis: str, sign: float) -> list[list[tuple[float, float]]]:
+    """What each seed spent and reached, in order, of the seeds that have most of the lines: a gap would be a straight line."""
+    seeds: dict[Any, list[tuple[float, float]]] = {}
+    for row in (row for line in lines for row in line.rows if row["status"] == "finished" and column in row):
+        if math.isfinite(reached := sign * float(row[column])):
+            seeds.setdefault(row["seed"], []).append((float(row[axis]), reached))
+    most = max(map(len, seeds.values()))
+    return [sorted(points) for points in seeds.values() if len(points) == most]
+
+
+def _median(amounts: Sequence[float]) -> float:
+    """Of amounts in order, 0 for too little to tell and infinite for too much; NaN where it lies between such and another."""
+    low, high = amounts[(len(amounts) - 1) // 2], amounts[len(amounts) // 2]
+    return (low + high) / 2 if low == high or 0 < low < high < math.inf else math.nan
 
 
 def _reached(points: Sequence[tuple[float, float]], level: float) -> float:
@@ -454,9 +487,7 @@ def panels(found: Sequence[Line], asked: Sequence[Asked]) -> Figure:
         else:
             _dots(panel, found, _figure_of(each, found))
         if each.by == "probe":
-            draw = panel.axhline if axis else panel.axvline
-            draw(_mean(found, f"{each.name}/majority"), color=GREY, linestyle="--", linewidth=1.2, label="majority")
-            _untrained(panel, found, f"{each.name}/untrained", bool(axis))
+            _beside(panel, found, each, bool(axis))
     for panel in places[len(drawn) :]:
         panel.set_visible(False)
     _legend(figure, places)
@@ -476,13 +507,15 @@ def _caption(each: Asked, found: Sequence[Line]) -> str:
 
 
 def _mean(found: Sequence[Line], column: str) -> float:
-    return statistics.fmean(value for line in found for value in line.values(column))
+    """NaN, which is drawn as nothing, where there is none."""
+    values = [value for line in found for value in line.known(column)]
+    return statistics.fmean(values) if values else math.nan
 
 
 def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None:
     """Lines that differ by their budget alone joined: how the score grows with an axis."""
     for (name, mine), colour in zip(_ways(found, column).items(), cycle(COLOURS)):
-        points = sorted((statistics.fmean(line.values(axis)), *_spread(line.values(column))) for line in mine)
+        points = sorted((statistics.fmean(line.values(axis)), *_spread(line.known(column))) for line in mine)
         at, means, spreads = map(np.array, zip(*points, strict=True))
         panel.errorbar(at, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=name)
     panel.set_xscale("log")
@@ -490,22 +523,26 @@ def _growing(panel: Axes, found: Sequence[Line], column: str, axis: str) -> None
     _tokens(panel, FIGURES[axis][0])
 
 
-def _untrained(panel: Axes, found: Sequence[Line], column: str, growing: bool) -> None:
-    """What the same networks do with initial weights: a level of each way, or a mark beside each point."""
+def _beside(panel: Axes, found: Sequence[Line], probe: Asked, growing: bool) -> None:
+    """The share of the commonest class, and what the same networks do with initial weights: a level of each way, or a mark
+    beside each point."""
+    drawn, majority, column = _figure_of(probe, found), f"{probe.name}/majority", f"{probe.name}/untrained"
+    level = panel.axhline if growing else panel.axvline
+    level(_mean(found, majority), color=GREY, linestyle="--", linewidth=1.2, label="majority")
     if growing:
-        for mine, colour in zip(_ways(found, column).values(), cycle(COLOURS)):
+        for mine, colour in zip(_ways(found, drawn).values(), cycle(COLOURS)):
             panel.axhline(_mean(mine, column), color=colour, linestyle=":", linewidth=1.2)
         panel.plot([], color=GREY, linestyle=":", label="untrained")
         return
-    levels = [(statistics.fmean(line.values(column)), place) for place, line in enumerate(found) if line.values(column)]
-    panel.plot(*zip(*levels, strict=True), color=GREY, linestyle="", marker="|", markersize=12, label="untrained")
+    levels = [_mean([line], column) for line in found if line.known(drawn)]
+    panel.plot(levels, range(len(levels)), color=GREY, linestyle="", marker="|", markersize=12, label="untrained")
 
 
 def _dots(panel: Axes, found: Sequence[Line], column: str) -> None:
     """Means and deviations on an axis of their own range: a difference of a hundredth would be none on one from zero."""
-    shown = [(line, colour) for line, (colour, _) in zip(found, _styles(found), strict=True) if line.values(column)]
+    shown = [(line, colour) for line, (colour, _) in zip(found, _styles(found), strict=True) if line.known(column)]
     for place, (line, colour) in enumerate(shown):
-        mean, spread = _spread(line.values(column))
+        mean, spread = _spread(line.known(column))
         panel.errorbar(mean, place, xerr=spread or None, color=colour, marker="o", markersize=6, capsize=3)
     panel.set_yticks(range(len(shown)), [line.way_name or line.name for line, _ in shown])
     panel.set_ylim(len(shown) - 0.4, -0.6)
@@ -542,9 +579,8 @@ def _first(column: str) -> int:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and deviation; none of one value, nor of some that are not finite."""
-    known = len(values) > 1 and all(map(math.isfinite, values))
-    return statistics.fmean(values), statistics.stdev(values) if known else 0.0
+    """Mean and deviation; none of one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _figure(height: int, width: int) -> tuple[Figure, list[Axes]]:

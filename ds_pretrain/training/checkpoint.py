@@ -12,11 +12,12 @@ takes the newest step whose every byte verifies.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -195,6 +196,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise ValueError(f"{file}: format version {manifest.get('version')}, this release reads {VERSION}")
     return manifest
+
+
+def first_manifest(paths: Sequence[Path]) -> dict[str, Any]:
+    """Of the first of some checkpoints that has a readable one. ValueError, of the first, if none has."""
+    for path in paths:
+        with contextlib.suppress(ValueError):
+            return read_manifest(path)
+    return read_manifest(paths[0])
 
 
 def damages(path: Path, share: int = 0, shares: int = 1) -> list[str]:

@@ -59,7 +59,8 @@ def resize(
     final = output / "checkpoints" / source.name
     if final.exists():
         raise ValueError(f"{final} exists: choose another output, or remove it")
-    known = {"model": snapshot.manifest["model"] | {"vocab": max(vocab, rows)}, "resized": {"from": old}}
+    first = snapshot.manifest.get("resized", {"from": old})  # also where it was resized more than once
+    known = {"model": snapshot.manifest["model"] | {"vocab": max(vocab, rows)}, "resized": first}
     manifest = (
         snapshot.manifest | known | {"tokenizer": tokenizer} | {"origin": snapshot.manifest.get("origin", {}) | {"ids": vocab}}
     )

@@ -96,6 +96,11 @@ def test_embeddings_are_the_pooled_states_whatever_is_beside_them(model, tmp_pat
     np.testing.assert_allclose(Encoder.load(folder)(texts[7:8]), found[7:8], atol=1e-6)
 
 
+def test_an_empty_folder_of_a_pooling_is_none(model, tmp_path):
+    (with_files(model, tmp_path / "model") / "1_Pooling").mkdir()
+    np.testing.assert_array_equal(Encoder.load(tmp_path / "model")(sentences(3)), Encoder.load(model)(sentences(3)))
+
+
 @pytest.mark.parametrize("count, chosen", [(3, [0, 1, 2]), (10, [0, 3, 6, 9])])
 def test_long_documents_are_read_in_windows_from_begin_to_end(model, count, chosen):
     draw = random.Random(1)

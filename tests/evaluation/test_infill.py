@@ -72,5 +72,7 @@ def test_the_prompt_is_the_document_in_the_order_of_training(dataset, monkeypatc
     assert dataset.tokenizer.decode(seen[1][2 : seen[1].index(suf)]).endswith("x = 1\n")
     with pytest.raises(ValueError, match=r"110 tokens leave no room .* in 128 positions: ask for at most 107"):
         task.infill(model, dataset.tokenizer, long, tokens=110)
+    short = Gap("x\n", "y\n", "z\n")
+    assert task.infill(model, dataset.tokenizer, short, tokens=110).gap is short, "nothing of it is cut off"
     line += dataset.tokenizer.encode("z = 3\n").tolist()
     assert task.infill(model, dataset.tokenizer, CODE, one_line=False).written == "    return x\nz = 3\n"

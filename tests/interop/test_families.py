@@ -68,6 +68,20 @@ def test_tensors_of_several_precisions_keep_theirs(tmp_path):
         bring_in(tmp_path / "in", tmp_path / "wide")
 
 
+def test_precisions_that_an_older_import_told_by_parameter_are_kept(tmp_path, monkeypatch):
+    theirs.save("llama grouped", tmp_path / "in", torch.bfloat16)
+    state = load_file(tmp_path / "in" / "model.safetensors")
+    norm = "model.norm.weight"
+    save_file({**state, norm: state[norm].float() + 1e-4}, tmp_path / "in" / "model.safetensors")
+    (source,) = Arrival.of(tmp_path / "in").sources
+    (logical,) = [rule.logical for rule in source.side.rules if norm in rule.stored]
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.Precision, "told", lambda self: {"most": "bfloat16", "others": {logical: "float32"}})
+        bring_in(tmp_path / "in", tmp_path / "run")
+    send_out(tmp_path / "run", tmp_path / "out")
+    identical(tmp_path / "in", tmp_path / "out")
+
+
 def test_what_is_no_parameter_has_no_say_in_the_precision(tmp_path):
     """A causal mask, the first tensor of an old GPT-2 file."""
     theirs.save("gpt2", tmp_path / "in", torch.bfloat16)
@@ -158,8 +172,8 @@ def test_a_config_may_leave_out_what_the_library_knows(tmp_path):
 def test_a_head_of_ones_own_is_not_taken_for_the_librarys():
     """Its classes and what lies between its matrices have to be those that the library's class has."""
 
-    def taken(*heads):
-        objective = create("mlm")
+    def taken(*heads, name="mlm"):
+        objective = create(name)
         object.__setattr__(objective, "heads", heads)
         shape = ModelConfig.model_validate({"preset": "bert-1m"})
         return [name for name in FAMILIES if FAMILIES[name].takes(shape, objective)]
@@ -171,6 +185,8 @@ def test_a_head_of_ones_own_is_not_taken_for_the_librarys():
     others += [Head("nsp", classes=3), Head("sop", classes=2, activation="gelu"), Head("any", classes=0, activation="gelu")]
     assert [taken(words, head) for head in others] == [[]] * len(others)
     assert taken(words, Head("nsp", classes=2), Head("topic", classes=0)) == []
+    assert taken(*create("electra").heads, name="electra") == ["electra"]
+    assert taken(words, Head("rtd", classes=3, activation="gelu"), name="electra") == []
 
 
 def test_an_idle_bias_is_told(tmp_path, caplog):

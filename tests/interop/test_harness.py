@@ -81,6 +81,11 @@ def test_an_encoder_keeps_the_pooling_that_it_says(minilm, tmp_path):
     path.write_text(json.dumps([{**each, "path": each["path"].replace("1_Pooling", "pool")} for each in modules]))
     bring_in(tmp_path / "cls", tmp_path / "renamed")
     assert load_model(str(tmp_path / "renamed")).origin["sentences"]["pooling"] == "cls"
+    told = {"max_seq_length": 4096}
+    (tmp_path / "cls" / "sentence_bert_config.json").write_text(json.dumps(told))
+    bring_in(tmp_path / "cls", tmp_path / "long")
+    (out,) = send_out(tmp_path / "long", tmp_path / "long out")
+    assert json.loads((out / "sentence_bert_config.json").read_text()) == {"max_seq_length": 512}, "its positions"
     path.write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "3_Dense"}]))
     with pytest.raises(ValueError, match="has a Dense layer, which is not supported"):
         bring_in(tmp_path / "cls", tmp_path / "dense")

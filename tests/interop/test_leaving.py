@@ -313,6 +313,14 @@ def test_a_run_goes_out_with_its_own_tokenizer_or_not_at_all(data, runs, tmp_pat
         with pytest.raises(ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with: it has"):
             look(str(tmp_path / "moved"))
     assert not (tmp_path / "without").exists() and not (tmp_path / "other").exists()
+    shutil.copytree(output, tmp_path / "cut")
+    whole = checkpoint.newest(tmp_path / "cut" / "checkpoints")
+    cut = shutil.copytree(whole, whole.with_name("step-999"))
+    (cut / "manifest.json").write_text("{")
+    assert load_tokenizer(str(tmp_path / "cut")).digest == TextTokenizer.load(_data(output)).digest
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match=r"step-999/manifest\.json: not readable as a manifest"):
+        load_tokenizer(str(tmp_path / "cut"))
     trained = Snapshot(checkpoint.newest(output / "checkpoints")).manifest
     assert trained["tokenizer"] == TextTokenizer.load(_data(output)).digest
 
@@ -320,10 +328,13 @@ def test_a_run_goes_out_with_its_own_tokenizer_or_not_at_all(data, runs, tmp_pat
 def test_special_ids_stay_where_no_tokenizer_came(tmp_path):
     config = transformers.LlamaConfig(**theirs.LLAMA, bos_token_id=7, eos_token_id=6)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    generation = {"eos_token_id": [6, 8, 9], "pad_token_id": 5, "temperature": 0.6}
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps(generation))
     bring_in(tmp_path / "in", tmp_path / "run")
     (out,) = send_out(tmp_path / "run", tmp_path / "out")
     left = transformers.AutoConfig.from_pretrained(out)
     assert (left.bos_token_id, left.eos_token_id, left.pad_token_id) == (7, 6, None)
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 7, **generation}
 
 
 def test_a_link_to_an_empty_folder_is_filled(tmp_path):

@@ -356,15 +356,32 @@ def test_figures_that_are_not_finite_are_shown_as_they_are(tmp_path):
         line("high", 200, "inf", 3.0),
     ]
     asked = Asked.of("text", {"by": "eval", "data": "data/a"})
-    _, table = report.score_table(found, asked)
+    _, table, note = report.score_table(found, asked)
     assert [row.split(" | ")[-1] for row in table.splitlines()[2:]] == [
         "3.5 ± 0.7071 |",
         "2.5 ± 0.7071 |",
         "2, nan |",
         "inf, 3 |",
     ]
-    report.panels(found, [asked]).savefig(tmp_path / "a.png")
+    assert note.endswith("not in it: high, 100 (1 of 2 cells); high, 200 (1 of 2 cells).")
+    low, high = report.panels(found, [asked]).axes[0].containers
+    assert [list(each[0].get_ydata()) for each in (low, high)] == [[3.5, 2.5], [2.0, 3.0]]
     report.panels(found[::2], [asked]).savefig(tmp_path / "b.png")
+    none = [line("low", 100, "inf"), line("low", 200, "nan"), line("high", 100, "nan"), line("high", 200, 3.0)]
+    assert [*report.score_table(none, asked)][-1].endswith("not in it: low; high, 100.")
+    assert not [*report.to_equal_quality(none, asked)]
+    for some in (none, none[:2], none[:1]):
+        report.panels(some, [asked]).savefig(tmp_path / "c.png")
+
+
+def test_what_is_drawn_beside_a_probe_is_of_the_lines_that_are_drawn():
+    def line(name, accuracy, untrained):
+        row = {"status": "finished", "it/accuracy": accuracy, "it/untrained": untrained, "it/majority": 0.1}
+        return report.Line({"size": name}, [row], [History()])
+
+    found = [line("small", None, 0.2), line("big", 0.5, 0.3), line("huge", 0.6, None)]
+    *_, marks = report.panels(found, [Asked.of("it", {"by": "probe", "texts": "a"})]).axes[0].lines
+    assert [*marks.get_ydata()] == [0, 1] and marks.get_xdata()[0] == 0.3 and math.isnan(marks.get_xdata()[1])
 
 
 def test_figures_that_few_have_are_a_list_and_losses_far_apart_are_shares():
@@ -410,6 +427,16 @@ def test_what_equals_what_is_read_off_between_budgets():
     first[1] = line("clm", 2000, [0.35, 0.39])
     _, text = report.to_equal_quality([*first, *second], asked)
     assert "2,000 tokens, 1,000 of them scored | 6,561 (3.28 x, 2.83 to 3.73) |" in text, "the first has its own noise"
+    never = [line("mlm", 1000 * 2**i, [0.1 + 0.1 * i, 0.1]) for i in (1, 2, 3)]
+    _, text = report.to_equal_quality([*first, *never], asked)
+    assert "500 of them scored | 4,000 to more than 8,000 (4.00 to more than 8.00 x) |" in text, "no mean of what is unknown"
+    early = [line("mlm", 1000 * 2**i, [0.1 + 0.1 * i, 0.35 + 0.1 * i]) for i in (1, 2, 3)]
+    assert "500 of them scored | less than 2,000 to 4,000 (less than 2.00 to 4.00 x) |" in "".join(
+        report.to_equal_quality([*first, *early], asked)
+    )
+    second[1].rows.pop()  # of the second seed a straight line from 2,000 to 8,000 would be none of its own
+    second[0].rows[1]["files/accuracy"] = 0.25
+    assert "500 of them scored | 4,000 (4.00 x) |" in "".join(report.to_equal_quality([*first, *second], asked))
     assert not list(report.to_equal_quality(first, asked)), "there is nothing to hold it against"
     assert next(iter(report.to_equal_quality([*second, *first], asked))) and "less than 1,000" in "".join(
         report.to_equal_quality([*second[:2], *first], asked)

@@ -108,6 +108,13 @@ def test_only_the_vocabulary_has_grown(runs, wider, objective, kind):
     assert grown == ROWS[objective]
 
 
+def test_what_was_resized_twice_grew_from_what_it_was_first(runs, wider, tmp_path):
+    _, new = pair(runs, "clm")
+    vocab = len(wider.tokenizer)
+    again = Snapshot(resize(new.path, tmp_path, vocab + 5)).manifest
+    assert (again["resized"], again["origin"]["ids"]) == ({"from": wider.first}, vocab + 5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["clm", "mlm"])
 def test_old_logits_stay_and_new_ones_are_the_mean_of_their_parts(data, runs, wider, name, ranks):
