@@ -66,7 +66,7 @@ def fill(
         found = task.fill(model, ids, vocab.mask, no_text(model, vocab), top)
         table = Table("mask", *(str(rank) for rank in range(1, top + 1)), title=escape(each), title_justify="left")
         for number, candidates in enumerate(found, start=1):
-            table.add_row(str(number), *(f"{escape(tokenizer.token(token))} {p:.1%}" for token, p in candidates))
+            table.add_row(str(number), *(f"{escape(repr(tokenizer.text(token)))} {p:.1%}" for token, p in candidates))
         if model.mesh.rank == 0:
             out.print(table)
 

@@ -10,8 +10,10 @@ while [[ "${1---}" != "--" ]]; do
   shift
 done
 shift || { sed -n '2,3p' "$0" >&2; exit 2; }
+command -v mpirun >/dev/null || { echo "no mpirun here: load your cluster's MPI, or pip install -e '.[mpi]'" >&2; exit 2; }
 source "$(dirname "$0")/env.sh"
 for name in $(passed_on); do
   options+=(-x "$name")
 done
+[[ -t 1 ]] || options+=(-x TERM=dumb) # a rank has a terminal even where mpirun writes a file: no bars in a log
 exec mpirun "${options[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"

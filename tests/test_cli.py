@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,14 @@ def test_every_launcher_trains_the_same_run(run_file, tmp_path):
         assert result.returncode == 0, (name, result.stderr[-2000:])
         found[name] = losses(tmp_path / name)
     assert found["torchrun"] == found["deepspeed"] == found["local"] and len(found["local"]) == 6
+
+
+def test_without_an_mpi_its_launcher_says_what_brings_one(tmp_path):
+    for tool in ("bash", "dirname", "sed"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    command = [tmp_path / "bash", ROOT / "launchers" / "mpi.sh", "-n", "2", "--", "train", "quickstart"]
+    result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert result.returncode == 2 and "no mpirun here" in result.stderr and "pip install -e '.[mpi]'" in result.stderr
 
 
 def test_a_rank_that_dies_ends_the_run_within_a_minute_and_is_named(run_file, tmp_path):

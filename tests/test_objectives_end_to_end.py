@@ -72,7 +72,7 @@ def test_infilling_and_reading_from_left_to_right(trained):
 
 def test_masks_are_filled_and_vectors_written(trained, tmp_path, monkeypatch, capsys):
     told = ok("fill", trained("mlm"), "--text", "import <mask> as <mask>", "--top", "3")
-    assert told.count("%") == 6
+    assert told.count("%") == 6 and told.count("'") == 12 and "Ġ" not in told, "texts, not their spelling in a file"
     code, text = ends(monkeypatch, capsys, "fill", trained("mlm"), "--text", "nothing to find")
     assert code == 2 and "there is no mask in the text: write <mask>" in text
     code, text = ends(monkeypatch, capsys, "fill", trained("clm"), "--text", "a <mask>")

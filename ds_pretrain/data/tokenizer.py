@@ -302,6 +302,11 @@ class TextTokenizer:
         self._check(token)
         return self._names.get(token) or self._engine.piece(token)
 
+    def text(self, token: int) -> str:
+        """The text of one id, with the space that its vocabulary keeps in front of words; the name of a special."""
+        self._check(token)
+        return self._names.get(token) or self._engine.surface(token)
+
     def _check(self, token: int) -> None:
         if not 0 <= token < len(self):
             raise ValueError(f"id {token} is outside the vocabulary of {len(self)} ids")

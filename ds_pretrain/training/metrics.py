@@ -71,7 +71,8 @@ class Watch:
     def __init__(self, name: str, step: int, total: int, shown: bool) -> None:
         self.shown = shown
         terminal = Console(stderr=False)
-        self.console = terminal if terminal.is_terminal else Console(width=200)
+        self.bar = shown and terminal.is_terminal and not terminal.is_dumb_terminal
+        self.console = terminal if self.bar else Console(width=200)
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -82,10 +83,6 @@ class Watch:
         self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console, disable=not self.bar)
         self._task = self._bar.add_task(name, total=total, completed=step, loss="")
         self._total, self._said = total, time.monotonic()
-
-    @property
-    def bar(self) -> bool:
-        return self.shown and self.console.is_terminal
 
     def __enter__(self) -> Watch:
         self._bar.start()

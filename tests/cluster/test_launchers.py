@@ -77,6 +77,7 @@ def test_two_hosts_of_two_ranks_train_as_one_process(starts, expected, tmp_path,
     process = starts(launcher, *layout)
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
+    assert "\x1b" not in said, "a bar in a log"
     assert unbroken(tmp_path / "out", expected)
 
 

@@ -58,6 +58,15 @@ def test_training_is_deterministic(trained):
     assert TextTokenizer.train(iter(TEXTS), SIZE, kind).digest == tokenizer.digest
 
 
+def test_an_id_is_shown_by_its_text(trained):
+    _, tokenizer, _, _ = trained
+    ids = tokenizer.encode("return the value")
+    assert "".join(map(tokenizer.text, ids)).strip() == "return the value" and tokenizer.text(ids[-1])[-1] == "e"
+    assert tokenizer.text(tokenizer.vocabulary.mask) == "<mask>", "which has no text"
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.text(SIZE)
+
+
 def test_round_trip(trained):
     kind, tokenizer, _, _ = trained
     rng = random.Random(0)
