@@ -521,6 +521,7 @@ def _output_of(command: list[str]) -> Path:
         case ["train", run, *overrides]:
             if output := load_run(run, overrides).output:
                 return Path(output)
+            err.print(f"{run} is not started again: it has no output, so it would begin anew")
         case ["sweep", "cell", name, which]:
             return read_sweep(name).find(which).folder
     raise typer.Exit(1)

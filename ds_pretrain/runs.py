@@ -140,16 +140,24 @@ def _impatient(config: RunConfig) -> Iterator[str]:
 
 def _crowded(config: RunConfig, output: Path, vocab: int) -> Iterator[str]:
     """Where the checkpoints that are kept, and the one that is written, do not fit the disk: weights and Adam's two moments."""
-    model = config.model.model_copy(update={"vocab": config.model.vocab or vocab})
-    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    size = CHECKPOINT * model.model_copy(update={"positions": model.positions or config.batch.seq_len}).count_parameters()
     there = len(list((output / "checkpoints").glob("step-*")))
-    need, free = size * max(1, config.train.keep + 1 - there), shutil.disk_usage(place).free
+    need, free = checkpoint_size(config, vocab) * max(1, config.train.keep + 1 - there), free_at(output)
     if need > free:
         yield (
             f"output {output} is on a disk with {free / 1e9:,.1f} GB free, checkpoints will take {need / 1e9:,.1f} GB more: "
             "choose another, or lower train.keep"
         )
+
+
+def checkpoint_size(config: RunConfig, vocab: int) -> int:
+    """Bytes of a checkpoint of a run with so many ids, without heads and generator."""
+    model = config.model.model_copy(update={"vocab": config.model.vocab or vocab})
+    return CHECKPOINT * model.model_copy(update={"positions": model.positions or config.batch.seq_len}).count_parameters()
+
+
+def free_at(folder: Path) -> int:
+    """Bytes that are free on the disk where a folder is, or will be."""
+    return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.exists())).free
 
 
 def _strangers(config: RunConfig, tokenizer: Any) -> Iterator[str]:

@@ -9,6 +9,16 @@ set -euo pipefail
 hosts=${1:?a hostfile, then the command}
 shift
 source "$(dirname "$0")/env.sh"
+mapfile -t names < <(awk 'NF && !/^#/ {print $1}' "$hosts")
+if ((${#names[@]} > 1)); then
+  login=(ssh -n -o BatchMode=yes -o ConnectTimeout=10 ${PDSH_SSH_ARGS_APPEND:-})
+  gone=$(for name in "${names[@]}"; do ("${login[@]}" "$name" true >/dev/null 2>&1 || echo "$name") & done; wait)
+  if [[ -n "$gone" ]]; then
+    echo "no ssh to" $gone "of $hosts: is it up, does \`ssh HOST true\` work without a password? Else take it out of the file" >&2
+    exit 2
+  fi
+  meet_at_interface "${login[@]}" "${names[0]}"
+fi
 variables=$(mktemp)
 trap 'rm -f "$variables"' EXIT
 for name in $(passed_on); do

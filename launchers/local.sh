@@ -11,4 +11,4 @@ source "$(dirname "$0")/env.sh"
 if [[ -z "$n" ]]; then
   n=$(python -c 'import torch; print(torch.cuda.device_count())')
 fi
-exec torchrun --standalone --nproc_per_node "$((n > 0 ? n : 1))" -m ds_pretrain "$@"
+exec torchrun --standalone --nproc_per_node "$((n > 0 ? n : 1))" ${DS_PRETRAIN_LOGS:+--log-dir "$DS_PRETRAIN_LOGS" --tee 3} -m ds_pretrain "$@"

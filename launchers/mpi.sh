@@ -15,5 +15,6 @@ source "$(dirname "$0")/env.sh"
 for name in $(passed_on); do
   options+=(-x "$name")
 done
+[[ -z "${DS_PRETRAIN_LOGS:-}" ]] || options+=(--output-filename "$DS_PRETRAIN_LOGS")
 [[ -t 1 ]] || options+=(-x TERM=dumb) # a rank has a terminal even where mpirun writes a file: no bars in a log
 exec mpirun "${options[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"

@@ -46,6 +46,18 @@ def test_a_step_on_one_rank_is_predicted_as_it_was_and_the_others_from_it(points
     assert [table.row_count for table in efficiency.tables(points, "weak")] == [3, 3]
 
 
+def test_efficiency_is_tokens_of_a_rank_beside_those_of_the_smallest_world(points):
+    """By hand: twice the tokens in the time of one rank is all of it; strong scaling is the same ratio."""
+    weak = [replace(points[0], seconds=1.0), replace(points[1], seconds=1.25), replace(points[2], seconds=1.0)]
+    assert [*efficiency.tables(weak, "weak")[0].columns[-1].cells] == ["100%", "80%", "50%"]
+    strong = [replace(points[0], kind="strong", seconds=1.0), replace(points[2], kind="strong", seconds=0.625)]
+    assert [*efficiency.tables([*weak, *strong], "strong")[0].columns[-1].cells] == ["100%", "80%"]
+
+
+def test_strong_scaling_keeps_the_rows_of_a_step(config):
+    assert [efficiency.configured(config, each, "strong")[0].batch.global_size for each in ("1", "DP2", "PP2")] == [8, 8, 8]
+
+
 def test_what_is_held_is_about_what_was_predicted(points):
     """Within a fifth: beside the step of `tests/planning/test_memory.py` a run holds the batches that its loader made ahead."""
     for point in points:
@@ -66,7 +78,9 @@ def test_points_are_kept_and_planned_from(config, points, tmp_path):
         Cluster.of(points[:1], {})
     captions = [table.caption for table in tables(config, 4, 600, cluster) if table.caption]
     off = ", ".join(f"{where} {error:+.0%}" for where, error in cluster.errors.items())
-    assert any(f"off on the measured points by: {off}." in str(caption) for caption in captions)
+    assert any(f"The same arithmetic is off on the measured points by: {off}." in str(caption) for caption in captions)
+    held = ", ".join(f"{p.layout} on {p.world} (weak) {p.expected_peak().total / p.peak - 1:+.0%}" for p in again)
+    assert any(f"It is off on the measured points by: {held}." in str(caption) for caption in captions)
 
 
 def test_a_file_without_points_is_refused(tmp_path):

@@ -294,6 +294,13 @@ def links(found: Findings) -> Iterator[Verdict]:
         found.links, found.nodes, "node", "look at the cable, the routes and the firewalls between the two, or start the job "
         "without one of them", "look at its cable, its port and its interface, or start the job without it",
     )  # fmt: skip
+    rates = {(link.source, link.target): link.rate for link in found.links if not link.error}
+    for (a, b), rate in rates.items() if len(rates) == 2 else ():  # of two nodes none is the usual one
+        if rate < SLOW_LINK * (back := rates.get((b, a), 0.0)):
+            yield note(
+                f"from {found.nodes[a]} to {found.nodes[b]} goes {told_rate(rate)}, back {told_rate(back)}, and two nodes "
+                "cannot tell which of them is slow: look at the cables and ports of both, or run doctor on a third one too"
+            )
     typical = median_high(end_rates(found.links).values() or [SLOW_NETWORK])
     if typical < SLOW_NETWORK:
         yield note(

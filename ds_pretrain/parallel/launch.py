@@ -74,6 +74,8 @@ def _agree(found: Place, environ: Mapping[str, str]) -> None:
                 f"would train apart. Give torchrun --nnodes {tasks}, or let {launcher} start one task for each device and "
                 "nothing inside"
             )
+    if not 0 <= found.rank < found.world:
+        raise ValueError(f"rank {found.rank} is none of a world of {found.world}: mend RANK and WORLD_SIZE")
 
 
 def join(where: Place) -> dist.Store:

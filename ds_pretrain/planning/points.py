@@ -116,13 +116,14 @@ class Cluster:
     """Ranks by what is known of them.
 
     share: of the products' speed that a step reaches. errors: how far the predictions of measured points are off, by layout
-    and kind of scaling; empty where nothing was measured.
+    and kind of scaling; empty where nothing was measured. peaks: the same of memory.
     """
 
     pace: Pace
     device: str = "cuda"
     share: float = 1.0
     errors: Mapping[str, float] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(points: Sequence[Point], speeds: Mapping[str, float]) -> Cluster:
@@ -140,9 +141,11 @@ class Cluster:
             return Cluster(Pace(**known))
         share = calibrated(points)
         first = min(points, key=_least)
+        named = {f"{point.layout} on {point.world} ({point.kind})": point for point in points}
         errors = {
-            f"{point.layout} on {point.world} ({point.kind})": point.expected_seconds(share) / point.seconds - 1
-            for point in points
+            name: point.expected_seconds(share) / point.seconds - 1
+            for name, point in named.items()
             if point is not first and point.world > 1
         }
-        return Cluster(Pace(**known), points[0].device, share, errors)
+        peaks = {name: point.expected_peak().total / point.peak - 1 for name, point in named.items()}
+        return Cluster(Pace(**known), points[0].device, share, errors, peaks)

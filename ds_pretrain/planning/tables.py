@@ -32,7 +32,7 @@ def tables(config: RunConfig, world: int, tokenizer_size: int | None, cluster: C
     return [
         _places(config, model, world),
         _parameters(config, model),
-        _memory(config, model, world),
+        _memory(config, model, world, cluster.peaks if cluster else {}),
         *(traffic.tables(traffic.predicted(config, model, world)) if world > 1 else ()),
         *([_time(config, model, world, cluster)] if cluster else ()),
         _batches(config, world),
@@ -79,7 +79,7 @@ def _parameters(config: RunConfig, model: ModelConfig) -> Table:
     return table
 
 
-def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
+def _memory(config: RunConfig, model: ModelConfig, world: int, peaks: Mapping[str, float]) -> Table:
     table = Table("memory of the fullest rank, GiB", "on a GPU", "on a CPU", title=f"memory: {config.deepspeed.config}")
     found = [fullest(config, model, world, cuda) for cuda in (True, False)]
     (rank, gpu), (_, cpu) = found
@@ -93,6 +93,8 @@ def _memory(config: RunConfig, model: ModelConfig, world: int) -> Table:
         "Tensors only: CUDA's context, NCCL and fragmentation come on top. "
         "Measured within 5% on CPU, in 137 cases; no GPU was tried."
     )
+    if peaks:
+        table.caption += f" It is off on the measured points by: {_errors(peaks)}."
     if gpu.parts.get(BUCKETS) and rank.bucket > rank.elements:
         table.caption += (
             f" The reduce bucket is larger than what it is for: zero_optimization.reduce_bucket_size {rank.elements} in the "
@@ -123,8 +125,11 @@ def _trust(errors: Mapping[str, float]) -> str:
     """How far to believe it."""
     if not errors:
         return "None of it was measured here, and no step reaches all of a speed: see `ds-pretrain bench scaling --out`."
-    told = ", ".join(f"{where} {error:+.0%}" for where, error in errors.items())
-    return f"The same arithmetic is off on the measured points by: {told}."
+    return f"The same arithmetic is off on the measured points by: {_errors(errors)}."
+
+
+def _errors(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{where} {error:+.0%}" for where, error in errors.items())
 
 
 def _batches(config: RunConfig, world: int) -> Table:

@@ -28,6 +28,7 @@ from ds_pretrain.config import RunConfig
 from ds_pretrain.core.differing import differing
 from ds_pretrain.core.exits import BUSY
 from ds_pretrain.core.files import BusyError, held, whole
+from ds_pretrain.runs import checkpoint_size, free_at, tokenizer_size
 from ds_pretrain.sweep.spec import Cell, Spec
 
 Status = Literal["waiting", "running", "stopped", "failed", "finished"]
@@ -132,11 +133,16 @@ def train(cell: Cell) -> str:
     from ds_pretrain.runs import make_trainer, open_run
     from ds_pretrain.training.signals import InterruptedRun
 
-    ended = noted(cell.folder)
+    ended, here = noted(cell.folder), place()
     _agree(cell, ended)
+    if here.world != cell.ranks:
+        raise ValueError(
+            f"{cell.name} is a cell of {cell.ranks} ranks, this job has {here.world}: start it by `ds-pretrain sweep run` or "
+            f"`submit` (without --ntasks-per-node of its own), or say ranks: {here.world} in the sweep file"
+        )
     if ended.get("status") == "finished":
         return f"{cell.name} has finished before: nothing is done"
-    first = place().rank == 0
+    first = here.rank == 0
     try:
         trainer = make_trainer(*open_run(cell.run, cell.overrides))
         if first:
@@ -157,6 +163,20 @@ def todo(spec: Spec, again: bool) -> list[Cell]:
     """The cells that there is something to do for. again: those that failed too."""
     wanted = {"waiting", "stopped", *(["failed"] if again else [])}
     return [cell for cell in spec.cells if state(cell).status in wanted]
+
+
+def check_disk(cells: Sequence[Cell]) -> None:
+    """ValueError if the disk has no room for the checkpoints that all of these cells will keep, though each alone would fit."""
+    need, largest = 0, 0
+    for cell in cells:
+        size = checkpoint_size(cell.config, tokenizer_size(cell.config) or 0)
+        there = len(list((cell.folder / "checkpoints").glob("step-*")))
+        need, largest = need + size * max(0, cell.config.train.keep - there), max(largest, size)
+    if cells and need + largest > (free := free_at(cells[0].folder)):
+        raise ValueError(
+            f"{cells[0].folder.parent} is on a disk with {free / 1e9:,.1f} GB free, the checkpoints of {len(cells)} cells will "
+            f"take {(need + largest) / 1e9:,.1f} GB more: choose another output, or lower train.keep"
+        )
 
 
 def run(spec: str, cells: Iterable[Cell], at_once: int, show: Callable[[], None]) -> None:

@@ -19,17 +19,21 @@ FILE, TIME = 1001, 1002
 
 
 class InterruptedRun(Exception):
-    """A run that was asked to stop and did. reason: a signal's number, `FILE` or `TIME`; `exit_code` is what shells expect."""
+    """A run that was asked to stop and did. reason: a signal's number, `FILE` or `TIME`; `exit_code` is what shells expect.
 
-    def __init__(self, reason: int, told: str) -> None:
-        self.reason = reason
+    kept: whether there is a checkpoint to go on from.
+    """
+
+    def __init__(self, reason: int, told: str, kept: bool = True) -> None:
+        self.reason, self.kept = reason, kept
         name = {FILE: "its file `stop`", TIME: "train.max_minutes"}.get(reason) or signal.Signals(reason).name
         super().__init__(f"{name}: {told}")
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal for an interruption; 0 for an end in good order."""
-        return 128 + self.reason if self.reason in (signal.SIGINT, signal.SIGTERM) else 0
+        """128 + the signal for an interruption; 0 for an end in good order, which USR1 is with a checkpoint."""
+        broken = (signal.SIGINT, signal.SIGTERM) if self.kept else CAUGHT
+        return 128 + self.reason if self.reason in broken else 0
 
 
 class StopRequest:

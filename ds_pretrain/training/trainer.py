@@ -170,7 +170,9 @@ class PreTrainer:
                 if stopped and not last:
                     metrics.close()
                     raise InterruptedRun(
-                        stopped, f"stopped after step {self.step:,} of {self.max_steps:,}: {self._kept(stopped)}"
+                        stopped,
+                        f"stopped after step {self.step:,} of {self.max_steps:,}: {self._kept(stopped)}",
+                        kept=self.output is not None,
                     )
         metrics.close()
         return result

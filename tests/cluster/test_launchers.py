@@ -97,12 +97,25 @@ def test_a_pulled_cable_ends_the_job_within_the_watchdogs_limit(hosts, starts, t
     process = starts("hostfile.sh", *LONG)
     reaches(tmp_path / "out", 12, process)
     hosts.plug("host2", False)
-    pulled = time.monotonic()
+    pulled, at = time.monotonic(), time.time()
     try:
         said, _ = process.communicate(timeout=150)  # ssh gives a host up a minute after it
         assert process.returncode != 0 and time.monotonic() - pulled < 130, said
+        assert max(path.stat().st_mtime for path in (tmp_path / "out" / "stacks").iterdir()) < at + 60, "40 s, and the writing"
         assert "has not moved for 40 s" in said and f"it ends with exit code {HUNG}" in said, said
         assert {path.name for path in (tmp_path / "out" / "stacks").iterdir()} == {f"rank-{rank}.txt" for rank in range(4)}
+    finally:
+        hosts.plug("host2", True)
+
+
+def test_a_host_that_does_not_answer_is_named_before_anything_starts(hosts, starts, tmp_path):
+    hosts.plug("host2", False)
+    began = time.monotonic()
+    try:
+        process = starts("hostfile.sh")
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and "no ssh to host2 of" in said and time.monotonic() - began < 40, said
+        assert not (tmp_path / "out").exists()
     finally:
         hosts.plug("host2", True)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_two_nodes_of_two_ranks_train_as_one_process(cluster, run_file, expected
     assert unbroken(job.out, expected)
     tasks = 4 if script == "slurm.sbatch" else 2
     assert {path.name for path in tmp_path.glob("mlx5-*")} == {f"mlx5-{task}" for task in range(tasks)}
-    assert len(list((tmp_path / "logs").iterdir())) == tasks
+    assert len(list((tmp_path / "logs").glob("*-task*.out"))) == tasks
+    assert script == "slurm.sbatch" or len(list((tmp_path / "logs").rglob("stdout.log"))) == 4, "and of each rank of torchrun"
 
 
 def test_the_limit_of_a_job_sends_it_back(cluster, run_file, tmp_path):
@@ -105,8 +107,9 @@ def test_a_job_that_is_signalled_saves_and_goes_on_with_the_same_losses(cluster,
     assert "SIGUSR1: stopped after step" in job.log() and job.went_on(), job.log()
 
 
-def test_a_job_that_is_cancelled_stays_dead(cluster, run_file, tmp_path):
-    job = Job(cluster, run_file, tmp_path / "out")
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_a_job_that_is_cancelled_stays_dead(cluster, run_file, tmp_path, script):
+    job = Job(cluster, run_file, tmp_path / "out", script=script)
     job.trains()
     cluster.client("scancel", str(job.number))
     assert job.ended() == "CANCELLED"
@@ -122,6 +125,24 @@ def test_a_killed_rank_ends_the_job_which_starts_again(cluster, run_file, expect
     assert job.ended() == "COMPLETED" and unbroken(job.out, expected) and job.went_on(), job.log()
     (failure,) = map(json.loads, (job.out / "failures.jsonl").read_text().splitlines())
     assert failure["step"] >= 12 and failure["code"]
+
+
+def test_ranks_meet_at_the_interface_that_was_chosen(cluster, run_file, expected, tmp_path):
+    """eth0 is the way between nodes, lo is none: with it the ranks of node2 would ask themselves."""
+    job = Job(cluster, run_file, tmp_path / "out", DS_PRETRAIN_INTERFACE="eth0")
+    wrong = Job(cluster, run_file, tmp_path / "wrong", DS_PRETRAIN_INTERFACE="ib7")
+    assert wrong.ended() == "FAILED" and "DS_PRETRAIN_INTERFACE is ib7, but node1 has no IPv4 address there" in wrong.log()
+    assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
+
+
+def test_a_port_that_is_taken_is_told_before_torchrun_waits(cluster, run_file, tmp_path):
+    script = "import socket, time; held = socket.create_server(('', 23456)); time.sleep(120)"
+    held = subprocess.Popen(cluster.entering("node1", [sys.executable, "-c", script]))
+    try:
+        job = Job(cluster, run_file, tmp_path / "out", script="slurm_torchrun.sbatch", MASTER_PORT="23456")
+        assert job.ended() == "FAILED" and "something listens at node1:23456: set MASTER_PORT" in job.log()
+    finally:
+        held.kill()
 
 
 def test_a_mistake_is_not_tried_again(cluster, run_file, tmp_path):

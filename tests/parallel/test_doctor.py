@@ -141,6 +141,14 @@ def test_a_broken_pair_is_named_once_and_a_slow_network_is_told():
     assert "joined by 11 MB/s only" in replace(found, links=slow).warnings()[0]
 
 
+def test_of_two_nodes_with_one_slow_direction_both_are_named():
+    found = cluster(2)
+    slow = [link._replace(rate=link.rate / 10) if link.source < link.target else link for link in found.links]
+    [warning] = replace(found, links=slow).warnings()
+    assert warning.startswith("from gpu00 to gpu01 goes") and "two nodes cannot tell which of them is slow" in warning
+    assert cluster(2).warnings() == []
+
+
 def test_the_gpu_with_the_slow_links_is_named_and_a_broken_pair():
     whole = sick(cluster(3), 5, uuid="GPU-2-0")
     assert whole.gpus == [[0, 1], [2, 3], [4]], "ranks that share a GPU play once"

@@ -101,6 +101,11 @@ def test_ranks_meet_and_listen_at_one_address_only():
         assert own.getsockname()[0] == "127.0.0.1"
 
 
+def test_a_rank_beyond_the_world_is_refused():
+    with pytest.raises(ValueError, match="rank 5 is none of a world of 4"):
+        launch.place({"RANK": "5", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})
+
+
 def test_what_keeps_ranks_apart_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -11,23 +11,27 @@ from ds_pretrain.training import deepspeed_json
 from ds_pretrain.training.engine import build_for, create_engine
 from ds_pretrain.training.optimizer import OptimizerConfig
 
-PLANS = (ParallelPlan(), ParallelPlan(tensor=2), ParallelPlan(pipeline=2))
+CASES = [
+    (ParallelPlan(), 1), (ParallelPlan(), 3),
+    (ParallelPlan(tensor=2), 1), (ParallelPlan(pipeline=2), 1), (ParallelPlan(context=2), 1),
+]  # fmt: skip
+"""Layouts and ZeRO stages."""
 
 
 def timeouts():
-    """By plan and rank, the seconds of every group that there is then."""
-    return [(plan, rank, found) for plan in PLANS for rank, found in enumerate(of_groups(plan))]
+    """By case and rank, the seconds of every group that there is then."""
+    return [(case, rank, found) for case in CASES for rank, found in enumerate(of_groups(*case))]
 
 
-def of_groups(plan):
+def of_groups(plan, stage):
     mesh = Mesh.build(plan)
     model = parity.model_for("clm").model_copy(update={"positions": 32})
-    config = deepspeed_json.filled({"zero_optimization": {"stage": 1}}, mesh.replicas, 4, 2, 1.0)
+    config = deepspeed_json.filled({"zero_optimization": {"stage": stage}}, mesh.replicas, 4, 2, 1.0)
     create_engine(build_for(create("clm"), model, mesh, 32), create("clm"), OptimizerConfig(), config)
     groups = dist.distributed_c10d._world.pg_map
     return mesh.gather([group._get_backend(mesh.device).options._timeout.total_seconds() for group in groups])
 
 
 def test_every_group_has_the_same_timeout():
-    for plan, rank, found in spawn(2, timeouts):
-        assert len(found) > 3 and {*found} == {TIMEOUT.total_seconds()}, (plan, rank)
+    for case, rank, found in spawn(2, timeouts):
+        assert len(found) > 3 and {*found} == {TIMEOUT.total_seconds()}, (case, rank)

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from ds_pretrain import runs
 from ds_pretrain.config import ConfigError
 from ds_pretrain.data.dataset import PretrainingDataset
 from ds_pretrain.evaluation.perplexity import evaluate
@@ -24,6 +25,7 @@ from ds_pretrain.evaluation.plots import History
 from ds_pretrain.evaluation.scaling import fit
 from ds_pretrain.evaluation.scaling import read as scaling_runs
 from ds_pretrain.objectives import create
+from ds_pretrain.runs import checkpoint_size, tokenizer_size
 from ds_pretrain.sweep import cells, report, results
 from ds_pretrain.sweep.scores import Asked, figures
 from ds_pretrain.sweep.spec import parameters, read
@@ -508,3 +510,26 @@ def test_what_a_cell_was_run_with(run_file, tmp_path):
     (cell.folder / "cell.json").write_text(json.dumps({"status": "stopped", "reason": "", "settings": {"optimizer.lr": 1}}))
     with pytest.raises(ValueError, match=r"cell\.json is of another version .* remove this file"):
         cells.state(cell)
+
+
+def test_a_cell_on_another_number_of_ranks_is_refused(run_file, tmp_path):
+    """Its world would not be the one that the table tells."""
+    cell = read(str(sweep_file(run_file, tmp_path, {"seed": [0]}, ranks=2))).cells[0]
+    with pytest.raises(ValueError, match="seed=0 is a cell of 2 ranks, this job has 1: start it by `ds-pretrain sweep run`"):
+        cells.train(cell)
+    assert not cell.folder.exists()
+
+
+def test_a_disk_that_has_room_for_each_cell_but_not_for_all_is_told_before_the_first(run_file, tmp_path, monkeypatch):
+    many = read(str(sweep_file(run_file, tmp_path, {"seed": [0, 1, 2, 3]}))).cells
+    size = checkpoint_size(many[0].config, tokenizer_size(many[0].config))
+    room = SimpleNamespace(free=9 * size)  # two each are kept, one is written beside them
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: room)
+    cells.check_disk(many)
+    (many[0].folder / "checkpoints" / "step-10").mkdir(parents=True)
+    room.free = 8 * size
+    cells.check_disk(many)
+    room.free -= 1
+    with pytest.raises(ValueError, match=rf"the checkpoints of 4 cells will take {8 * size / 1e9:.1f} GB more: choose another"):
+        cells.check_disk(many)
+    cells.check_disk([])

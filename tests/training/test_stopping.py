@@ -84,6 +84,12 @@ def test_an_end_in_good_order_is_no_failure(reason, code):
     assert InterruptedRun(reason, "stopped").exit_code == code
 
 
+@pytest.mark.parametrize("reason, code", [(15, 143), (10, 138), (signals.TIME, 0)])
+def test_a_signal_to_a_run_that_keeps_nothing_is_a_failure(reason, code):
+    """Which a batch script does not requeue."""
+    assert InterruptedRun(reason, "stopped", kept=False).exit_code == code
+
+
 def test_saved_steps_and_signals_count_for_another_start(tmp_path):
     assert "before its first step" in why_not(tmp_path, 1, 50)
     (tmp_path / "checkpoints" / "step-50").mkdir(parents=True)  # of a run that logs every 100 steps

@@ -242,7 +242,7 @@ def told_to_stop(data, output):
     try:
         made.train()
     except InterruptedRun as stopped:
-        assert stopped.exit_code == 143
+        assert stopped.exit_code == 143 and stopped.kept
         return made.step
     return None
 
@@ -251,6 +251,15 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_one_checkpoint(data, tmp_pa
     step = spawn(2, told_to_stop, data, tmp_path)
     assert 1 <= step < 20
     assert damages(tmp_path / "checkpoints" / f"step-{step}") == []
+
+
+def test_a_signal_to_a_run_without_an_output_ends_it_as_a_failure(data):
+    made = trainer(data, None, max_steps=20, save_every=0)
+    collate = made.dataset.collate
+    made.dataset.collate = lambda rows: (made.step == 2 and os.kill(os.getpid(), signal.SIGUSR1)) or collate(rows)
+    with pytest.raises(InterruptedRun, match="nothing is kept") as stopped:
+        made.train()
+    assert stopped.value.exit_code == 138
 
 
 def test_a_file_stops_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(data, tmp_path):
