@@ -26,5 +26,6 @@ for name in $(passed_on); do
 done > "$variables"
 # a machine that is gone ends the job after a minute, not when TCP gives up
 export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
+[[ -z "${DS_PRETRAIN_LOGS:-}" ]] || mkdir -p "$DS_PRETRAIN_LOGS"
 DS_ENV_FILE=$variables deepspeed --hostfile "$hosts" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
-  ${MASTER_PORT:+--master_port "$MASTER_PORT"} --module ds_pretrain "$@"
+  ${MASTER_PORT:+--master_port "$MASTER_PORT"} ${DS_PRETRAIN_LOGS:+--enable_each_rank_log "$DS_PRETRAIN_LOGS"} --module ds_pretrain "$@"

@@ -15,6 +15,10 @@ source "$(dirname "$0")/env.sh"
 for name in $(passed_on); do
   options+=(-x "$name")
 done
-[[ -z "${DS_PRETRAIN_LOGS:-}" ]] || options+=(--output-filename "$DS_PRETRAIN_LOGS")
 [[ -t 1 ]] || options+=(-x TERM=dumb) # a rank has a terminal even where mpirun writes a file: no bars in a log
-exec mpirun "${options[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"
+rank=()
+if [[ -n "${DS_PRETRAIN_LOGS:-}" ]]; then # mpirun's own logs are another option in every version
+  mkdir -p "$DS_PRETRAIN_LOGS"
+  rank=(bash -c 'exec "$@" > >(exec tee -a "$0/rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}.out") 2>&1' "$DS_PRETRAIN_LOGS")
+fi
+exec mpirun "${options[@]}" "${rank[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"

@@ -270,6 +270,7 @@ def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[st
         raise ValueError(
             f"the tasks of an array start in this folder, which has no launchers: submit from {LAUNCHER.parents[1]}"
         )
+    check_disk(cells)
     text = yaml.safe_dump(spec.model_dump(exclude={"base"}), sort_keys=False).encode()
     kept = spec.folder / f"sweep-{hashlib.sha256(text).hexdigest()[:8]}.yaml"
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)

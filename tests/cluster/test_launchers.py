@@ -47,9 +47,9 @@ def starts(hosts, run_file, tmp_path):
     """Start a launcher with its training; stop what is left of it."""
     running = []
 
-    def start(launcher, *overrides):
+    def start(launcher, *overrides, **env):
         command = [*launched(hosts, launcher), "train", run_file, f"output={tmp_path / 'out'}", *overrides]
-        running.append(hosts.start("host1", command, **environment()))
+        running.append(hosts.start("host1", command, **environment(), **env))
         return running[-1]
 
     yield start
@@ -68,16 +68,19 @@ def reaches(out, step, process, seconds=90):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("launcher, layout", [
-    ("hostfile.sh", []),
-    ("hostfile.sh", ["parallel.tensor=2", "parallel.pipeline=2"]),
-    ("mpi.sh", []),
-], ids=["pdsh-zero1", "pdsh-tp2xpp2", "mpi"])  # fmt: skip
-def test_two_hosts_of_two_ranks_train_as_one_process(starts, expected, tmp_path, launcher, layout):
-    process = starts(launcher, *layout)
+@pytest.mark.parametrize("launcher, layout, logs", [
+    ("hostfile.sh", [], 4),
+    ("hostfile.sh", ["parallel.tensor=2", "parallel.pipeline=2"], 0),
+    ("mpi.sh", [], 0),
+    ("mpi.sh", ["parallel.tensor=2", "parallel.pipeline=2"], 4),
+], ids=["pdsh-zero1", "pdsh-tp2xpp2", "mpi-zero1", "mpi-tp2xpp2"])  # fmt: skip
+def test_two_hosts_of_two_ranks_train_as_one_process(starts, expected, tmp_path, launcher, layout, logs):
+    process = starts(launcher, *layout, DS_PRETRAIN_LOGS=str(tmp_path / "logs") if logs else "")
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    assert "\x1b" not in said, "a bar in a log"
+    of_ranks = [path.read_text() for path in tmp_path.glob("logs/*")]
+    assert len(of_ranks) == logs and sum("trained to step" in log for log in of_ranks) == (logs > 0)
+    assert "\x1b" not in said + "".join(of_ranks), "a bar in a log"
     assert unbroken(tmp_path / "out", expected)
 
 
