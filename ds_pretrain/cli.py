@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -330,7 +331,9 @@ def doctor(
     from ds_pretrain.parallel.doctor import examine
     from ds_pretrain.parallel.mesh import start
 
-    where, found = start(), examine(Path(output) if output else None, seconds)
+    where, began = start(), time.monotonic()
+    found = examine(Path(output) if output else None, seconds)
+    took = time.monotonic() - began
     if where.rank == 0:
         for table in found.tables():
             out.print(table)
@@ -338,7 +341,7 @@ def doctor(
             out.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
         for problem in found.problems():
             out.print(f"[bold red]problem[/bold red] {escape(problem)}", soft_wrap=True)
-        out.print("" if found.problems() else "fit to train")
+        out.print("" if found.problems() else f"fit to train; examined in {took:.1f} s")
     if found.problems():
         raise typer.Exit(1)
 

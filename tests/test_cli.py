@@ -389,7 +389,7 @@ def test_an_output_that_another_job_trains_into_is_left_alone(run_file, tmp_path
 
 
 def test_nodes_are_examined_and_said_to_be_fit(tmp_path):
-    assert "fit to train" in ok("doctor", tmp_path / "out", "--seconds", 1)
+    assert "fit to train; examined in " in ok("doctor", tmp_path / "out", "--seconds", 1)
 
 
 def test_scaling_laws_are_fitted_to_a_table_of_runs(tmp_path, monkeypatch, capsys):

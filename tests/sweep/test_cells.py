@@ -220,6 +220,22 @@ def test_a_stopped_cell_goes_on_and_a_killed_one_is_told(run_file, tmp_path):
     assert "resuming at step" in (stopped.folder / "log.txt").read_text()
 
 
+def test_a_sweep_that_was_killed_loses_no_cell_and_runs_none_twice(run_file, tmp_path):
+    """Its cell goes on by itself; the next sweep leaves it alone and trains the other."""
+    path = sweep_file(run_file, tmp_path / "killed", {"seed": [0, 1]}, set={"train.max_steps": LONG})
+    first, second = read(str(path)).cells
+    process = started("run", path)
+    until(lambda: cells.last_line(first.folder / "metrics.jsonl").get("step", 0) >= 5)
+    process.kill()
+    process.communicate(timeout=60)
+    assert (cells.state(first).status, cells.state(second).status) == ("running", "waiting")
+    assert said("run", path)[0] == 0
+    until(lambda: set(statuses(path).values()) == {"finished"})
+    for cell in (first, second):
+        assert (cell.folder / "log.txt").read_text().count("start: clm") == 1
+        assert [step for step, _ in losses(cell.folder)] == list(range(1, LONG + 1))
+
+
 def losses(folder):
     return [(line["step"], line["loss"]) for line in map(json.loads, (folder / "metrics.jsonl").open()) if "lr" in line]
 
