@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_the_job_which_starts_again(cluster, run_file, expect
 
 
 def test_ranks_meet_at_the_interface_that_was_chosen(cluster, run_file, expected, tmp_path):
-    """eth0 is the way between nodes, lo is none: with it the ranks of node2 would ask themselves."""
+    """By its address on the first node; one that is not there is told with those that are."""
     job = Job(cluster, run_file, tmp_path / "out", DS_PRETRAIN_INTERFACE="eth0")
     wrong = Job(cluster, run_file, tmp_path / "wrong", DS_PRETRAIN_INTERFACE="ib7")
     assert wrong.ended() == "FAILED" and "DS_PRETRAIN_INTERFACE is ib7, but node1 has no IPv4 address there" in wrong.log()
