@@ -10,16 +10,12 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}     # tenso
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 
-# Ranks meet at the chosen interface of the first machine: this one, or the one that a command before leads to.
-meet_at_interface() { # [ssh HOST]
-  [[ -n "${DS_PRETRAIN_INTERFACE:-}" && -z "${MASTER_ADDR:-}" ]] || return 0
-  MASTER_ADDR=$("$@" ip -4 -o addr show dev "$DS_PRETRAIN_INTERFACE" 2>/dev/null | awk '{split($4, a, "/"); print a[1]; exit}') || true
-  if [[ -z "$MASTER_ADDR" ]]; then
-    echo "DS_PRETRAIN_INTERFACE is $DS_PRETRAIN_INTERFACE, but ${2:-$(hostname)} has no IPv4 address there: choose one of these" >&2
-    "$@" ip -4 -br addr >&2 || true
-    exit 2
-  fi
-  export MASTER_ADDR
+# Prints the IPv4 address of DS_PRETRAIN_INTERFACE; nothing where none is chosen, nor where it has none, which the ranks tell.
+interface_address() { # PYTHON COMMAND ...: the command runs a line of shell where the interface is, as `bash -c` and `ssh HOST` do
+  local found code="from ds_pretrain.parallel.launch import address_of; print(address_of('${DS_PRETRAIN_INTERFACE:-}'))"
+  [[ -n "${DS_PRETRAIN_INTERFACE:-}" ]] || return 0
+  found=$("${@:2}" "cd $(printf %q "$PWD") && $1 -c \"$code\"" 2>/dev/null) || return 0
+  echo "${found##*$'\n'}" # a shell may greet whoever logs in
 }
 
 # The names of the variables that every rank gets, on whatever machine: those of the file, and what libraries are set up by.

@@ -9,15 +9,16 @@ set -euo pipefail
 hosts=${1:?a hostfile, then the command}
 shift
 source "$(dirname "$0")/env.sh"
-mapfile -t names < <(awk 'NF && !/^#/ {print $1}' "$hosts")
+[[ -r "$hosts" ]] || { echo "no hostfile $hosts: lines such as \`host1 slots=8\`" >&2; exit 2; } # deepspeed would train here alone
+mapfile -t names < <(awk 'NF && $1 !~ /^#/ {print $1}' "$hosts")
 if ((${#names[@]} > 1)); then
-  login=(ssh -n -o BatchMode=yes -o ConnectTimeout=10 ${PDSH_SSH_ARGS_APPEND:-})
+  login=(timeout 30 ssh -n -o BatchMode=yes -o ConnectTimeout=10 ${PDSH_SSH_ARGS_APPEND:-})
   gone=$(for name in "${names[@]}"; do ("${login[@]}" "$name" true >/dev/null 2>&1 || echo "$name") & done; wait)
   if [[ -n "$gone" ]]; then
     echo "no ssh to" $gone "of $hosts: is it up, does \`ssh HOST true\` work without a password? Else take it out of the file" >&2
     exit 2
   fi
-  meet_at_interface "${login[@]}" "${names[0]}"
+  export MASTER_ADDR=${MASTER_ADDR:-$(interface_address "$(command -v python)" "${login[@]}" "${names[0]}")}
 fi
 variables=$(mktemp)
 trap 'rm -f "$variables"' EXIT

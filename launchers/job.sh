@@ -7,7 +7,9 @@ arguments=("$@") # of the batch script
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # of one task of an array SLURM_JOB_ID is the whole array's
 job=${job:-$SLURM_JOB_ID}
 [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not ask for what sbatch was asked for
-meet_at_interface # a batch script runs on the first node
+if ((${SLURM_NNODES:-1} > 1)); then # ranks meet at the chosen interface of this node, the first
+  export MASTER_ADDR=${MASTER_ADDR:-$(interface_address python ${DS_PRETRAIN_EXEC:-} bash -c)}
+fi
 
 run_job() {
   local again="" cancelled="" code=0 logs=() pid

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Under MPI, with its options before --:  launchers/mpi.sh [OPTIONS OF MPIRUN] -- COMMAND [ARGUMENTS ...]
+# Under Open MPI, with its options before --:  launchers/mpi.sh [OPTIONS OF MPIRUN] -- COMMAND [ARGUMENTS ...]
 # for example  launchers/mpi.sh --host node1:4,node2:4 -- train gpt2_small output=/shared/gpt2
 #
 # Ranks meet where rank 0 says. More ranks than cores: --oversubscribe. DS_PRETRAIN_ENV=FILE: variables to set on every machine.
@@ -10,8 +10,11 @@ while [[ "${1---}" != "--" ]]; do
   shift
 done
 shift || { sed -n '2,3p' "$0" >&2; exit 2; }
-command -v mpirun >/dev/null || { echo "no mpirun here: load your cluster's MPI, or pip install -e '.[mpi]'" >&2; exit 2; }
 source "$(dirname "$0")/env.sh"
+if ! mpirun --version 2>/dev/null | grep -q "Open MPI"; then
+  echo "no mpirun of Open MPI here: load your cluster's, or pip install -e '.[mpi]'; under another MPI start by srun or hostfile.sh" >&2
+  exit 2
+fi
 for name in $(passed_on); do
   options+=(-x "$name")
 done
@@ -19,6 +22,7 @@ done
 rank=()
 if [[ -n "${DS_PRETRAIN_LOGS:-}" ]]; then # mpirun's own logs are another option in every version
   mkdir -p "$DS_PRETRAIN_LOGS"
-  rank=(bash -c 'exec "$@" > >(exec tee -a "$0/rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}.out") 2>&1' "$DS_PRETRAIN_LOGS")
+  # signals reach all processes of a rank: they are for python, and what it says then is to be read
+  rank=(bash -c 'exec "$@" > >(trap "" HUP INT TERM USR1; exec tee -a "$0/rank-$OMPI_COMM_WORLD_RANK.out") 2>&1' "$DS_PRETRAIN_LOGS")
 fi
 exec mpirun "${options[@]}" "${rank[@]}" "$(command -v python)" -m mpi4py -m ds_pretrain "$@"

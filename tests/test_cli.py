@@ -220,11 +220,44 @@ def test_every_launcher_trains_the_same_run(run_file, tmp_path):
 
 
 def test_without_an_mpi_its_launcher_says_what_brings_one(tmp_path):
-    for tool in ("bash", "dirname", "sed"):
+    for tool in ("bash", "dirname", "grep", "sed"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     command = [tmp_path / "bash", ROOT / "launchers" / "mpi.sh", "-n", "2", "--", "train", "quickstart"]
     result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode == 2 and "no mpirun here" in result.stderr and "pip install -e '.[mpi]'" in result.stderr
+    assert result.returncode == 2 and "no mpirun of Open MPI here" in result.stderr and "pip install -e '.[mpi]'" in result.stderr
+
+
+def launched(folder, launcher, *arguments, tools, **env):
+    """A launcher whose tools are these lines of shell."""
+    for name, line in tools.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", ROOT / "launchers" / launcher, *arguments]
+    return subprocess.run(command, env={"PATH": path, **env}, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("gpus, ranks", [("4", 4), ("a100:4", 4), ("a100", 1), ("volta:3,kepler:1", 4), ("0", 1)])
+def test_a_node_has_as_many_ranks_of_torchrun_as_gpus_were_asked_for(tmp_path, gpus, ranks):
+    """They share its cores."""
+    tools = {"scontrol": "echo localhost", "srun": 'echo "$DS_PRETRAIN_RANKS ranks, $OMP_NUM_THREADS threads"'}
+    slurm = {"SUBMIT_DIR": ROOT, "JOB_ID": "1", "JOB_NODELIST": "localhost", "GPUS_PER_NODE": gpus, "CPUS_PER_TASK": "6"}
+    env = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    result = launched(tmp_path, "slurm_torchrun.sbatch", "train", tools=tools, **env)
+    assert result.stdout == f"{ranks} ranks, {6 // ranks} threads\n", result.stderr
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
+    """A login may greet; without a file deepspeed would train here alone."""
+    tools = {"deepspeed": 'echo "$@"', "ssh": 'echo "Welcome to gpu17 of lab"; eval "${!#}"'}
+    missing = launched(tmp_path, "hostfile.sh", tmp_path / "hosts", "train", tools=tools)
+    assert missing.returncode == 2 and f"no hostfile {tmp_path / 'hosts'}" in missing.stderr
+    (tmp_path / "hosts").write_text("# two\n  # spare\nhost1 slots=2\n\nhost2 slots=2\n")
+    for interface, told in (("lo", "--master_addr 127.0.0.1"), ("ib7", "--launcher pdsh --module")):
+        found = launched(tmp_path, "hostfile.sh", tmp_path / "hosts", "train", tools=tools, DS_PRETRAIN_INTERFACE=interface)
+        assert told in found.stdout and not found.stderr
+    found = launched(tmp_path, "hostfile.sh", tmp_path / "hosts", "train", tools={**tools, "ssh": '[[ "$*" != *host2* ]]'})
+    assert found.returncode == 2 and "no ssh to host2 of" in found.stderr and not found.stdout
 
 
 def test_a_rank_that_dies_ends_the_run_within_a_minute_and_is_named(run_file, tmp_path):

@@ -295,7 +295,8 @@ def links(found: Findings) -> Iterator[Verdict]:
         "without one of them", "look at its cable, its port and its interface, or start the job without it",
     )  # fmt: skip
     rates = {(link.source, link.target): link.rate for link in found.links if not link.error}
-    for (a, b), rate in rates.items() if len(rates) == 2 else ():  # of two nodes none is the usual one
+    ends = {end for link in found.links for end in (link.source, link.target)}
+    for (a, b), rate in rates.items() if len(ends) == 2 else ():  # of two nodes none is the usual one
         if rate < SLOW_LINK * (back := rates.get((b, a), 0.0)):
             yield note(
                 f"from {found.nodes[a]} to {found.nodes[b]} goes {told_rate(rate)}, back {told_rate(back)}, and two nodes "

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-SUBNET = "10.77.0"
+SUBNET, OTHER = "10.77.0", "10.78.0"
+"""Of eth0, which the names of hosts lead to, and of ib0, a network of its own."""
 
 
 def missing(*more):
@@ -112,6 +113,11 @@ class Hosts:
             *map(str, command),
         ]
 
+    def meets(self, host, port, network=OTHER):
+        """Whether processes of a host are joined to others by a port of its address in a network."""
+        lines = self.run(host, ["ss", "-Htn", "state", "established"]).stdout.split("\n")
+        return any(f" {network}.{self.names.index(host) + 1}:{port} " in line for line in lines)
+
     def plug(self, host, plugged):
         """Put the network cable in, or pull it."""
         port = f"p{self.names.index(host) + 1}"
@@ -128,7 +134,8 @@ class Hosts:
         """The power comes back."""
         shutil.rmtree(self.folder / host)
         self._ip("netns", "del", self._space(host))
-        self._ip("-n", self._space("switch"), "link", "del", f"p{self.names.index(host) + 1}", check=False)
+        for port in "pq":
+            self._ip("-n", self._space("switch"), "link", "del", f"{port}{self.names.index(host) + 1}", check=False)
         self._boot(self.names.index(host) + 1, host)
         self._wait_for_ssh(host)
 
@@ -180,19 +187,16 @@ class Hosts:
     def _switch(self):
         space = self._space("switch")
         self._ip("netns", "add", space)
-        self._ip("-n", space, "link", "add", "br0", "type", "bridge")
-        self._ip("-n", space, "link", "set", "br0", "up")
+        for bridge in ("br0", "br1"):
+            self._ip("-n", space, "link", "add", bridge, "type", "bridge")
+            self._ip("-n", space, "link", "set", bridge, "up")
 
     def _boot(self, number, name):
-        space, switch, port = self._space(name), self._space("switch"), f"p{number}"
-        cable = f"{self._mark}v{number}"
+        space = self._space(name)
         self._ip("netns", "add", space)
         self._ip("-n", space, "link", "set", "lo", "up")
-        self._ip("link", "add", cable, "netns", space, "type", "veth", "peer", "name", port, "netns", switch)
-        self._ip("-n", space, "link", "set", cable, "name", "eth0")
-        self._ip("-n", space, "addr", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
-        self._ip("-n", space, "link", "set", "eth0", "up")
-        self._ip("-n", switch, "link", "set", port, "master", "br0", "up")
+        self._lay(space, "eth0", f"{SUBNET}.{number}", f"p{number}", "br0")
+        self._lay(space, "ib0", f"{OTHER}.{number}", f"q{number}", "br1")
         own = self.folder / name
         own.mkdir()
         (own / "init.sh").write_text(self._init(name, own))
@@ -202,6 +206,15 @@ class Hosts:
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             self._outer[name] = subprocess.Popen(command, env=self._env(name, {}), **quiet).pid
         self._inner[name] = self._wait_for_init(name, own / "ready")
+
+    def _lay(self, space, device, address, port, bridge):
+        """A cable from a device of a host to a port of the switch."""
+        cable, switch = f"{self._mark}{port}", self._space("switch")
+        self._ip("link", "add", cable, "netns", space, "type", "veth", "peer", "name", port, "netns", switch)
+        self._ip("-n", space, "link", "set", cable, "name", device)
+        self._ip("-n", space, "addr", "add", f"{address}/24", "dev", device)
+        self._ip("-n", space, "link", "set", device, "up")
+        self._ip("-n", switch, "link", "set", port, "master", bridge, "up")
 
     def _init(self, name, own):
         home = Path.home()

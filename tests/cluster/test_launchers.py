@@ -1,6 +1,7 @@
 """The launchers over several hosts, for real: the losses of one process, and an end in time where a host or a cable fails."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_two_hosts_of_two_ranks_train_as_one_process(starts, expected, tmp_path,
     assert len(of_ranks) == logs and sum("trained to step" in log for log in of_ranks) == (logs > 0)
     assert "\x1b" not in said + "".join(of_ranks), "a bar in a log"
     assert unbroken(tmp_path / "out", expected)
+
+
+def test_ranks_meet_at_the_interface_that_was_chosen(hosts, starts, expected, tmp_path):
+    """A network that the names of hosts do not lead to."""
+    process = starts("hostfile.sh", DS_PRETRAIN_INTERFACE="ib0")
+    reaches(tmp_path / "out", 5, process)
+    assert hosts.meets("host1", 29500)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and unbroken(tmp_path / "out", expected), said
+
+
+def test_ranks_that_are_signalled_save_and_say_so_in_their_logs(hosts, starts, tmp_path):
+    process = starts("mpi.sh", *LONG, DS_PRETRAIN_LOGS=str(tmp_path / "logs"))
+    reaches(tmp_path / "out", 12, process)
+    hosts.run("host1", ["pkill", "-USR1", "-x", "mpirun|prterun"])
+    said, _ = process.communicate(timeout=60)
+    logs = [path.read_text() for path in (tmp_path / "logs").iterdir()]
+    assert process.returncode == 0 and "Broken pipe" not in "".join(logs), said
+    (said,) = re.findall(r"stopped after step (\d+)", (tmp_path / "logs" / "rank-0.out").read_text())
+    assert (tmp_path / "out" / "checkpoints" / f"step-{said}").is_dir()
 
 
 def test_a_killed_rank_ends_the_job_on_both_hosts(hosts, starts, tmp_path):

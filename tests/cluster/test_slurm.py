@@ -14,6 +14,7 @@ from hosts import needed
 from running import losses, unbroken
 from slurm import Slurm, missing
 
+from ds_pretrain.parallel.launch import port_of
 from ds_pretrain.sweep.results import states
 from ds_pretrain.sweep.spec import read
 
@@ -84,7 +85,8 @@ def test_two_nodes_of_two_ranks_train_as_one_process(cluster, run_file, expected
     tasks = 4 if script == "slurm.sbatch" else 2
     assert {path.name for path in tmp_path.glob("mlx5-*")} == {f"mlx5-{task}" for task in range(tasks)}
     assert len(list((tmp_path / "logs").glob("*-task*.out"))) == tasks
-    assert script == "slurm.sbatch" or len(list((tmp_path / "logs").rglob("stdout.log"))) == 4, "and of each rank of torchrun"
+    of_ranks = {(path.parts[-5], path.parts[-2]) for path in (tmp_path / "logs").rglob("stdout.log")}
+    assert script == "slurm.sbatch" or of_ranks == {(f"node-{node}", f"{rank}") for node in range(2) for rank in range(2)}
 
 
 def test_the_limit_of_a_job_sends_it_back(cluster, run_file, tmp_path):
@@ -127,22 +129,39 @@ def test_a_killed_rank_ends_the_job_which_starts_again(cluster, run_file, expect
     assert failure["step"] >= 12 and failure["code"]
 
 
-def test_ranks_meet_at_the_interface_that_was_chosen(cluster, run_file, expected, tmp_path):
-    """By its address on the first node; one that is not there is told with those that are."""
-    job = Job(cluster, run_file, tmp_path / "out", DS_PRETRAIN_INTERFACE="eth0")
-    wrong = Job(cluster, run_file, tmp_path / "wrong", DS_PRETRAIN_INTERFACE="ib7")
-    assert wrong.ended() == "FAILED" and "DS_PRETRAIN_INTERFACE is ib7, but node1 has no IPv4 address there" in wrong.log()
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_ranks_meet_at_the_interface_that_was_chosen(cluster, run_file, expected, tmp_path, script):
+    """A network that the names of nodes do not lead to."""
+    job = Job(cluster, run_file, tmp_path / "out", script=script, DS_PRETRAIN_INTERFACE="ib0")
+    job.trains()
+    assert cluster.meets("node1", port_of(job.number))
     assert job.ended() == "COMPLETED" and unbroken(job.out, expected), job.log()
 
 
-def test_a_port_that_is_taken_is_told_before_torchrun_waits(cluster, run_file, tmp_path):
-    script = "import socket, time; held = socket.create_server(('', 23456)); time.sleep(120)"
-    held = subprocess.Popen(cluster.entering("node1", [sys.executable, "-c", script]))
-    try:
-        job = Job(cluster, run_file, tmp_path / "out", script="slurm_torchrun.sbatch", MASTER_PORT="23456")
-        assert job.ended() == "FAILED" and "something listens at node1:23456: set MASTER_PORT" in job.log()
-    finally:
-        held.kill()
+def test_an_interface_that_is_none_is_told_with_those_that_are_there(cluster, run_file, tmp_path):
+    job = Job(cluster, run_file, tmp_path / "out", DS_PRETRAIN_INTERFACE="ib7")
+    assert job.ended() == "FAILED"
+    assert "DS_PRETRAIN_INTERFACE is ib7, but node1 has lo, eth0, ib0: choose one of these" in job.log()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_port_that_is_taken_is_told_or_left_alone(cluster, run_file, expected, tmp_path, asked):
+    """torchrun would wait for an answer of whoever listens."""
+    number = cluster.sbatch("--wrap=true", "--output=/dev/null")
+    port = port_of(number + 1)
+    script = f"import socket, sys; held = socket.create_server(('', {port})); print(flush=True); sys.stdin.read()"
+    command = cluster.entering("node1", [sys.executable, "-c", script])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()  # it listens
+        given = {"MASTER_PORT": str(port)} if asked else {}
+        job = Job(cluster, run_file, tmp_path / "out", script="slurm_torchrun.sbatch", **given)
+        assert job.number == number + 1
+        end = job.ended()
+        assert (end, f"something listens at node1:{port}: set MASTER_PORT" in job.log()) == (
+            ("FAILED", True) if asked else ("COMPLETED", False)
+        )
+        holder.stdin.close()
+    assert asked or unbroken(job.out, expected)
 
 
 def test_a_mistake_is_not_tried_again(cluster, run_file, tmp_path):
