@@ -224,7 +224,9 @@ def test_without_an_mpi_its_launcher_says_what_brings_one(tmp_path):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     command = [tmp_path / "bash", ROOT / "launchers" / "mpi.sh", "-n", "2", "--", "train", "quickstart"]
     result = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode == 2 and "no mpirun of Open MPI here" in result.stderr and "pip install -e '.[mpi]'" in result.stderr
+    assert (
+        result.returncode == 2 and "no mpirun of Open MPI here" in result.stderr and "pip install -e '.[mpi]'" in result.stderr
+    )
 
 
 def launched(folder, launcher, *arguments, tools, **env):

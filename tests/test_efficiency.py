@@ -80,7 +80,7 @@ def test_points_are_kept_and_planned_from(config, points, tmp_path):
     off = ", ".join(f"{where} {error:+.0%}" for where, error in cluster.errors.items())
     assert any(f"The same arithmetic is off on the measured points by: {off}." in str(caption) for caption in captions)
     held = ", ".join(f"{p.layout} on {p.world} (weak) {p.expected_peak().total / p.peak - 1:+.0%}" for p in again)
-    assert any(f"It is off on the measured points by: {held}." in str(caption) for caption in captions)
+    assert any(f"On the measured points the peak was predicted off by: {held}." in str(caption) for caption in captions)
 
 
 def test_a_file_without_points_is_refused(tmp_path):

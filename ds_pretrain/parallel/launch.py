@@ -60,6 +60,8 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
         if all(name in environ for name in names):
             found = Place(*(int(environ[name]) for name in names))
             _agree(found, environ)
+            if not 0 <= found.rank < found.world:
+                raise ValueError(f"rank {found.rank} is none of a world of {found.world}: mend {names[0]} and {names[1]}")
             return found
     return Place(0, 1, 0)
 
@@ -74,8 +76,6 @@ def _agree(found: Place, environ: Mapping[str, str]) -> None:
                 f"would train apart. Give torchrun --nnodes {tasks}, or let {launcher} start one task for each device and "
                 "nothing inside"
             )
-    if not 0 <= found.rank < found.world:
-        raise ValueError(f"rank {found.rank} is none of a world of {found.world}: mend RANK and WORLD_SIZE")
 
 
 def join(where: Place) -> dist.Store:

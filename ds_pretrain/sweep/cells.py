@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import json
+import math
 import os
 import signal
 import subprocess
@@ -135,13 +137,13 @@ def train(cell: Cell) -> str:
 
     ended, here = noted(cell.folder), place()
     _agree(cell, ended)
+    if ended.get("status") == "finished":
+        return f"{cell.name} has finished before: nothing is done"
     if here.world != cell.ranks:
         raise ValueError(
             f"{cell.name} is a cell of {cell.ranks} ranks, this job has {here.world}: start it by `ds-pretrain sweep run` or "
-            f"`submit` (without --ntasks-per-node of its own), or say ranks: {here.world} in the sweep file"
+            f"`submit` (where --nodes times --ntasks-per-node is {cell.ranks}), or say ranks: {here.world} in the sweep file"
         )
-    if ended.get("status") == "finished":
-        return f"{cell.name} has finished before: nothing is done"
     first = here.rank == 0
     try:
         trainer = make_trainer(*open_run(cell.run, cell.overrides))
@@ -165,17 +167,20 @@ def todo(spec: Spec, again: bool) -> list[Cell]:
     return [cell for cell in spec.cells if state(cell).status in wanted]
 
 
-def check_disk(cells: Sequence[Cell]) -> None:
-    """ValueError if the disk has no room for the checkpoints that all of these cells will keep, though each alone would fit."""
-    need, largest = 0, 0
+def check_disk(cells: Sequence[Cell], at_once: int) -> None:
+    """ValueError if the disk has no room for what these cells will keep of checkpoints, and for those that so many write at once."""
+    need, beside = 0, list[int]()
     for cell in cells:
-        size = checkpoint_size(cell.config, tokenizer_size(cell.config) or 0)
+        train, size = cell.config.train, checkpoint_size(cell.config, tokenizer_size(cell.config) or 0)
+        saves = math.ceil(train.max_steps / train.save_every) if train.save_every else 1
         there = len(list((cell.folder / "checkpoints").glob("step-*")))
-        need, largest = need + size * max(0, cell.config.train.keep - there), max(largest, size)
-    if cells and need + largest > (free := free_at(cells[0].folder)):
+        need += size * max(0, min(train.keep, saves) - there)
+        beside.append(size if saves > train.keep else 0)
+    need += sum(heapq.nlargest(at_once, beside))
+    if cells and need > (free := free_at(cells[0].folder)):
         raise ValueError(
             f"{cells[0].folder.parent} is on a disk with {free / 1e9:,.1f} GB free, the checkpoints of {len(cells)} cells will "
-            f"take {(need + largest) / 1e9:,.1f} GB more: choose another output, or lower train.keep"
+            f"take {need / 1e9:,.1f} GB more: choose another output, or lower train.keep"
         )
 
 
@@ -270,7 +275,7 @@ def submit(spec: Spec, cells: Sequence[Cell], at_once: int, options: Sequence[st
         raise ValueError(
             f"the tasks of an array start in this folder, which has no launchers: submit from {LAUNCHER.parents[1]}"
         )
-    check_disk(cells)
+    check_disk(cells, at_once)
     text = yaml.safe_dump(spec.model_dump(exclude={"base"}), sort_keys=False).encode()
     kept = spec.folder / f"sweep-{hashlib.sha256(text).hexdigest()[:8]}.yaml"
     (spec.folder / "slurm").mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def run(
     """Train the cells on this machine, so many at a time. Ctrl-C stops each with a checkpoint; the same command goes on."""
     plan = _open(sweep)
     waiting = cells.todo(plan, again)
-    cells.check_disk(waiting)
+    cells.check_disk(waiting, at_once)
     if crowded := cells.crowded(plan.ranks, at_once):
         out.print(f"[yellow]warning[/] {crowded}")
     told = {name: at.status for name, at in results.states(plan).items()}

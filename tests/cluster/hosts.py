@@ -115,8 +115,8 @@ class Hosts:
 
     def meets(self, host, port, network=OTHER):
         """Whether processes of a host are joined to others by a port of its address in a network."""
-        lines = self.run(host, ["ss", "-Htn", "state", "established"]).stdout.split("\n")
-        return any(f" {network}.{self.names.index(host) + 1}:{port} " in line for line in lines)
+        joined = self.run(host, ["ss", "-Htn", "state", "established"]).stdout.replace("]", "")  # [::ffff:10.78.0.1]:10009
+        return f"{network}.{self.names.index(host) + 1}:{port} " in joined
 
     def plug(self, host, plugged):
         """Put the network cable in, or pull it."""

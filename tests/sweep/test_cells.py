@@ -537,15 +537,22 @@ def test_a_cell_on_another_number_of_ranks_is_refused(run_file, tmp_path):
 
 
 def test_a_disk_that_has_room_for_each_cell_but_not_for_all_is_told_before_the_first(run_file, tmp_path, monkeypatch):
-    many = read(str(sweep_file(run_file, tmp_path, {"seed": [0, 1, 2, 3]}))).cells
+    saves = {"train.max_steps": 40, "train.save_every": 10, "train.keep": 2}
+    many = read(str(sweep_file(run_file, tmp_path, {"seed": [0, 1, 2, 3]}, set=saves))).cells
     size = checkpoint_size(many[0].config, tokenizer_size(many[0].config))
-    room = SimpleNamespace(free=9 * size)  # two each are kept, one is written beside them
+    room = SimpleNamespace(free=0)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: room)
-    cells.check_disk(many)
+
+    def takes(checkpoints, cells_, at_once):
+        room.free = checkpoints * size
+        cells.check_disk(cells_, at_once)
+        room.free -= 1
+        with pytest.raises(ValueError, match=rf"the checkpoints of 4 cells will take {checkpoints * size / 1e9:.1f} GB more"):
+            cells.check_disk(cells_, at_once)
+
+    takes(9, many, 1)  # two each are kept, one is written beside them
+    takes(11, many, 3)
     (many[0].folder / "checkpoints" / "step-10").mkdir(parents=True)
-    room.free = 8 * size
-    cells.check_disk(many)
-    room.free -= 1
-    with pytest.raises(ValueError, match=rf"the checkpoints of 4 cells will take {8 * size / 1e9:.1f} GB more: choose another"):
-        cells.check_disk(many)
-    cells.check_disk([])
+    takes(8, many, 1)
+    takes(4, read(str(sweep_file(run_file, tmp_path / "last", {"seed": [0, 1, 2, 3]}, set={"train.save_every": 0}))).cells, 3)
+    cells.check_disk([], 1)
