@@ -168,7 +168,7 @@ def todo(spec: Spec, again: bool) -> list[Cell]:
 
 
 def check_disk(cells: Sequence[Cell], at_once: int) -> None:
-    """ValueError if the disk has no room for the checkpoints that these cells keep, and for those that so many write at once."""
+    """ValueError if the disk has no room for the checkpoints that these cells keep and those that so many write at once."""
     need, beside = 0, list[int]()
     for cell in cells:
         train, size = cell.config.train, checkpoint_size(cell.config, tokenizer_size(cell.config) or 0)
